@@ -1,0 +1,262 @@
+"""The losses: a Gaussian VAE's negative ELBO with gamma computed (Asperti & Trentin 2020), learned or fixed.
+
+All three are modules with one interface, so that swapping the balance changes one name. Nothing in them reads the
+device: every result stays where the tensors are.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bvae import ops, reference
+from bvae.config import auto_kl_weight
+
+DECAY = 0.99  # weight of the old gamma2 in the running estimate, the authors' code
+FLOOR = 1e-8  # ours: keeps 1/gamma2 finite when the reconstruction becomes exact
+
+
+class Loss(NamedTuple):
+    """The loss and its parts, scalars on the device; only `loss` carries a gradient."""
+
+    loss: Tensor
+    """mean over the batch of sse/(2 gamma2) + kl_weight*KL + D log gamma + D/2 log 2 pi"""
+    nll: Tensor
+    """the same without the KL: the Gaussian negative log-likelihood per sample, in nats"""
+    kl: Tensor
+    """KL per sample, in nats, unweighted"""
+    mse: Tensor
+    """mean squared error per element of the batch"""
+    gamma2: Tensor
+    """the gamma^2 that this loss used"""
+
+
+class GaussianVAELoss(nn.Module):
+    """What the three balances share: arguments, the KL and its weight. Use one of the subclasses.
+
+    Args:
+        kl_weight: weight of the KL, or "auto" for (2*side/k)^2, defined for square images [B,C,side,side].
+        logits: whether the reconstruction is logits of an image in [0,1] (the sigmoid is then fused into the loss).
+    """
+
+    def __init__(self, kl_weight: float | Literal["auto"] = 1.0, logits: bool = True) -> None:
+        super().__init__()
+        if kl_weight != "auto" and not 0 <= float(kl_weight) < math.inf:
+            raise ValueError(f"kl_weight must be 'auto' or a number of at least 0, not {kl_weight!r}")
+        self.kl_weight = kl_weight
+        self.logits = logits
+
+    def forward(
+        self,
+        recon: Tensor,
+        target: Tensor,
+        mu: Tensor | None = None,
+        log_sigma: Tensor | None = None,
+        *,
+        logvar: Tensor | None = None,
+        kl: Tensor | None = None,
+        latents: int | None = None,
+    ) -> Loss:
+        """Computes the loss of a batch.
+
+        Args:
+            recon: reconstruction [B,...], logits or values, any floating type.
+            target: what it should be, same shape: floats, or uint8 that stands for value/255.
+            mu: posterior means [B,...].
+            log_sigma: log of the posterior's standard deviations, same shape; or give `logvar`, the log variances.
+            kl: instead of mu and log_sigma, the KL already summed over the batch (ops.sample_kl gives it).
+            latents: number of latents per sample; only kl_weight "auto" with `kl` needs it.
+
+        Raises:
+            ValueError: shapes that do not match, or arguments missing or given twice.
+        """
+        if recon.shape != target.shape:
+            raise ValueError(f"recon {tuple(recon.shape)} and target {tuple(target.shape)} differ in shape")
+        if recon.ndim < 1:
+            raise ValueError("recon must have a batch dimension")
+        if kl is None:
+            kl, latents = self._kl(recon, mu, log_sigma, logvar)
+        elif mu is not None or log_sigma is not None or logvar is not None:
+            raise ValueError("give either kl or the posterior (mu with log_sigma or logvar), not both")
+        return self._loss(recon, target, kl, self._weight(recon, latents))
+
+    def _kl(
+        self, recon: Tensor, mu: Tensor | None, log_sigma: Tensor | None, logvar: Tensor | None
+    ) -> tuple[Tensor, int]:
+        if mu is None or (log_sigma is None) == (logvar is None):
+            raise ValueError("give mu and one of log_sigma and logvar (or kl alone)")
+        if log_sigma is None:
+            assert logvar is not None
+            log_sigma = 0.5 * logvar
+        if mu.shape != log_sigma.shape:
+            raise ValueError(f"mu {tuple(mu.shape)} and log_sigma {tuple(log_sigma.shape)} differ in shape")
+        if mu.shape[:1] != recon.shape[:1]:
+            raise ValueError(f"mu has {mu.shape[0] if mu.ndim else 0} samples, recon {recon.shape[0]}")
+        # The KL in fp32 at least: in bf16 the terms of a sharp latent cancel to noise.
+        wide = torch.promote_types(mu.dtype, torch.float32)
+        return reference.kl(mu.to(wide), log_sigma.to(wide)).sum(), math.prod(mu.shape[1:])
+
+    def _weight(self, recon: Tensor, latents: int | None) -> float:
+        if self.kl_weight != "auto":
+            return float(self.kl_weight)
+        if recon.ndim != 4 or recon.shape[2] != recon.shape[3]:
+            raise ValueError(f"kl_weight 'auto' needs square images [B,C,side,side], not {tuple(recon.shape)}")
+        if not latents:
+            raise ValueError("kl_weight 'auto' needs the number of latents: give mu, or latents beside kl")
+        return auto_kl_weight(recon.shape[2], latents)
+
+    def _loss(self, recon: Tensor, target: Tensor, kl: Tensor, kl_weight: float) -> Loss:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"kl_weight={self.kl_weight}, logits={self.logits}"
+
+
+class _Gamma2State(GaussianVAELoss):
+    """A loss whose gamma2 is a buffer: float32 whatever the model is cast to."""
+
+    gamma2: Tensor
+    skipped: Tensor
+
+    def __init__(self, gamma2: float, kl_weight: float | Literal["auto"], logits: bool) -> None:
+        super().__init__(kl_weight, logits)
+        self.register_buffer("gamma2", torch.tensor(gamma2, dtype=torch.float32))
+        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():  # .half() and .bfloat16() move them but do not round them
+            moved = self._buffers[name]
+            assert moved is not None
+            if moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+    def _fused(self, recon: Tensor, target: Tensor, kl: Tensor, kl_weight: float, update: bool) -> tuple[Loss, Tensor]:
+        out = ops.balanced_loss(
+            recon,
+            target,
+            kl,
+            self.gamma2,
+            self.skipped,
+            kl_weight=kl_weight,
+            logits=self.logits,
+            update=update,
+            decay=DECAY,
+            floor=FLOOR,
+        )
+        mse, kl_mean, gamma2, nll = out.stats.unbind()
+        return Loss(out.loss, nll, kl_mean, mse, gamma2), out.sse
+
+
+class BalancedLoss(_Gamma2State):
+    """The paper's loss: gamma2 is the running mse, which never grows (DESIGN: Asperti & Trentin 2020, section III).
+
+    A training step uses the gamma2 from before it, as a constant, and then moves it:
+
+        gamma2 <- max(1e-8, min(gamma2, 0.99 gamma2 + 0.01 mse_batch)),   from gamma2 = 1
+
+    A batch whose mse is not finite leaves gamma2 as it was and is counted in `skipped`. gamma2 is not moved in eval
+    mode or under torch.no_grad. With torch.distributed initialised, the mse is averaged over all ranks first.
+
+    Args:
+        kl_weight, logits: see GaussianVAELoss.
+        accumulate: gather sums over several forward passes and move gamma2 only in `step()`, to be called once per
+            optimiser step: gradient accumulation then gives the gamma2 of the undivided batch.
+
+    State: `gamma2` and `skipped` (and the pending sums) are buffers: in state_dict, moved by `.to()`.
+    """
+
+    pending: Tensor
+
+    def __init__(
+        self, kl_weight: float | Literal["auto"] = 1.0, logits: bool = True, *, accumulate: bool = False
+    ) -> None:
+        super().__init__(1.0, kl_weight, logits)
+        self.accumulate = accumulate
+        self.register_buffer("pending", torch.zeros(2, dtype=torch.float64))  # sse and number of elements
+
+    def _loss(self, recon: Tensor, target: Tensor, kl: Tensor, kl_weight: float) -> Loss:
+        training = self.training and torch.is_grad_enabled()
+        alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+        loss, sse = self._fused(recon, target, kl, kl_weight, update=training and alone and not self.accumulate)
+        if training and (self.accumulate or not alone):
+            with torch.no_grad():
+                self.pending += torch.stack([sse.double(), torch.full_like(sse, recon.numel(), dtype=torch.float64)])
+            if not self.accumulate:
+                self.step()
+        return loss
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Moves gamma2 once from everything gathered since the last call, on all ranks (which must all call it)."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self.pending)
+        sse, count = self.pending.unbind()
+        ops.update_gamma2(self.gamma2, self.skipped, sse, count, decay=DECAY, floor=FLOOR)
+        self.pending.zero_()
+
+
+class FixedGammaLoss(_Gamma2State):
+    """The same loss with a gamma that stays: give `gamma`, the decoder's standard deviation, or `beta`.
+
+    `beta` weighs the KL against sse/2 (a beta-VAE with a unit-variance Gaussian decoder): up to a factor of the whole
+    loss that is gamma^2 = beta.
+    """
+
+    def __init__(
+        self,
+        gamma: float | None = None,
+        beta: float | None = None,
+        kl_weight: float | Literal["auto"] = 1.0,
+        logits: bool = True,
+    ) -> None:
+        if (gamma is None) == (beta is None):
+            raise ValueError("give exactly one of gamma and beta")
+        gamma2 = gamma**2 if gamma is not None else float(beta)  # type: ignore[arg-type]
+        if not 0 < gamma2 < math.inf:
+            raise ValueError(f"gamma and beta must be positive and finite, not {gamma if beta is None else beta}")
+        super().__init__(gamma2, kl_weight, logits)
+
+    def _loss(self, recon: Tensor, target: Tensor, kl: Tensor, kl_weight: float) -> Loss:
+        return self._fused(recon, target, kl, kl_weight, update=False)[0]
+
+
+class LearnedGammaLoss(_Gamma2State):
+    """Dai & Wipf (2019): log gamma is a trained scalar from 0. Give `parameters()` of this module to the optimiser."""
+
+    def __init__(self, kl_weight: float | Literal["auto"] = 1.0, logits: bool = True) -> None:
+        super().__init__(1.0, kl_weight, logits)  # gamma2 = 1 makes the fused op's sse the plain one
+        self.log_gamma = nn.Parameter(torch.zeros(()))
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        super()._apply(fn, recurse)
+        self.log_gamma.data = self.log_gamma.data.float()
+        return self
+
+    def _loss(self, recon: Tensor, target: Tensor, kl: Tensor, kl_weight: float) -> Loss:
+        parts, sse = self._fused(recon, target, kl, kl_weight, update=False)
+        samples = max(recon.shape[0], 1)
+        elements = math.prod(recon.shape[1:])
+        gamma2 = torch.exp(2 * self.log_gamma)
+        nll = sse / (2 * gamma2 * samples) + elements * (self.log_gamma + 0.5 * math.log(2 * math.pi))
+        loss = nll + kl_weight * kl / samples
+        return Loss(loss, nll.detach(), parts.kl, parts.mse, gamma2.detach())
+
+
+def make_loss(
+    balance: Literal["computed", "learned", "fixed"],
+    *,
+    kl_weight: float | Literal["auto"] = 1.0,
+    logits: bool = True,
+    gamma: float | None = None,
+) -> GaussianVAELoss:
+    """The loss that `--balance` names; `gamma` is for "fixed" only."""
+    if balance == "computed":
+        return BalancedLoss(kl_weight, logits)
+    if balance == "learned":
+        return LearnedGammaLoss(kl_weight, logits)
+    return FixedGammaLoss(gamma=gamma, kl_weight=kl_weight, logits=logits)

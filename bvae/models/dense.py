@@ -1,0 +1,54 @@
+"""The second stage's networks: a dense VAE over the first stage's latents (Dai & Wipf 2019, section 4)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bvae.models.resnet import glorot_
+
+
+class _DenseTrunk(nn.Module):
+    """[B,inputs] -> [B,hidden+inputs]: ReLU layers, with the input concatenated to the last one's output."""
+
+    def __init__(self, inputs: int, hidden: int, depth: int) -> None:
+        super().__init__()
+        widths = [inputs] + [hidden] * depth
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x
+        for layer in self.layers:
+            h = F.relu(layer(h))
+        # Back to fp32 for the heads: they carry the posterior and the reconstruction of fp32 latents.
+        return torch.cat([x.float(), h.float()], 1)
+
+
+class DenseEncoder(nn.Module):
+    """Latents [B,inputs] -> (mu, log_sigma), each [B,latents] float32, whatever the autocast."""
+
+    def __init__(self, inputs: int, latents: int, hidden: int, depth: int = 3) -> None:
+        super().__init__()
+        self.trunk = _DenseTrunk(inputs, hidden, depth)
+        self.mu = nn.Linear(hidden + inputs, latents)
+        self.log_sigma = nn.Linear(hidden + inputs, latents)
+        glorot_(self)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.trunk(x)
+        with torch.autocast(h.device.type, enabled=False):
+            return self.mu(h), self.log_sigma(h)
+
+
+class DenseDecoder(nn.Module):
+    """Second-stage latents [B,latents] -> first-stage latents [B,outputs] float32."""
+
+    def __init__(self, latents: int, outputs: int, hidden: int, depth: int = 3) -> None:
+        super().__init__()
+        self.trunk = _DenseTrunk(latents, hidden, depth)
+        self.out = nn.Linear(hidden + latents, outputs)
+        glorot_(self)
+
+    def forward(self, u: Tensor) -> Tensor:
+        h = self.trunk(u)
+        with torch.autocast(h.device.type, enabled=False):
+            return self.out(h)

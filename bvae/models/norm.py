@@ -1,0 +1,91 @@
+"""Batch normalisation with TensorFlow 1's zero-debiased moving averages.
+
+The running statistics start at zero and every step mixes in the batch's with weight 1 - decay; what is used is the
+accumulator divided by the weight it has gathered, so that step t counts (1-d)/(1-d^t): no bias towards a made-up
+start (DESIGN of Dai & Wipf's and Asperti & Trentin's code: tf.contrib.layers.batch_norm, decay 0.999).
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class BatchNorm2d(nn.Module):
+    """Batch normalisation over [B,C,H,W] (per channel), affine.
+
+    Buffers: `running_mean`, `running_var` [C] are sums of batch statistics weighted as above and `running_weight`
+    (scalar) is the sum of those weights; the statistics in use are the former divided by the latter.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    running_weight: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5, decay: float = 0.999) -> None:
+        super().__init__()
+        self.eps = eps
+        self.momentum = 1.0 - decay
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.zeros(channels))
+        self.register_buffer("running_weight", torch.zeros(()))
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance [C] used in eval mode; (0, 1) before the first training step."""
+        seen = self.running_weight > 0
+        weight = torch.where(seen, self.running_weight, 1.0)
+        return self.running_mean / weight, torch.where(seen, self.running_var / weight, 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            mean, var = self.statistics()
+            return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+        self.running_weight.lerp_(torch.ones_like(self.running_weight), self.momentum)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
+        )
+
+
+def batch_norms(model: nn.Module) -> Iterator[BatchNorm2d]:
+    return (m for m in model.modules() if isinstance(m, BatchNorm2d))
+
+
+@contextmanager
+def _cumulative(norms: list[BatchNorm2d]) -> Iterator[Callable[[int], None]]:
+    """Lets the statistics be plain means over the batches seen: batch t is mixed in with weight 1/t."""
+    kept = [n.momentum for n in norms]
+
+    def begin(batch: int) -> None:
+        for n in norms:
+            n.momentum = 1.0 / batch
+
+    try:
+        yield begin
+    finally:
+        for n, momentum in zip(norms, kept, strict=True):
+            n.momentum = momentum
+
+
+@torch.no_grad()
+def recompute_statistics(model: nn.Module, batches: Iterable[Tensor], forward: Callable[[Tensor], object]) -> int:
+    """Replaces every batch norm's running statistics by their plain mean over `batches` under the weights as they are.
+
+    The moving averages lag while the weights move fast (docs/method.md gives figures). Returns the number of batches
+    used; the model is left in the mode it was in. `forward(x)` must run every batch norm of `model` once.
+    """
+    norms = list(batch_norms(model))
+    was_training = model.training
+    count = 0
+    if not norms:
+        return count
+    model.train()
+    with _cumulative(norms) as begin:
+        for count, x in enumerate(batches, start=1):  # noqa: B007 (the count is the result)
+            begin(count)  # weight 1 at the first batch forgets what was there
+            forward(x)
+    model.train(was_training)
+    return count

@@ -1,0 +1,110 @@
+"""The first stage's networks: the ResNet of Dai & Wipf (2019) that Asperti & Trentin (2020, Fig. 1) use."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bvae.models.norm import BatchNorm2d
+
+MAX_DECODER_CHANNELS = 1024
+
+
+def glorot_(module: nn.Module) -> None:
+    """Glorot-uniform weights and zero biases for every convolution and dense layer of `module`, as in TF 1."""
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            nn.init.xavier_uniform_(m.weight)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
+class ResidualBlock(nn.Module):
+    """[BN-ReLU-conv3x3] x 2 beside a 3x3 convolution as the shortcut."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bn1 = BatchNorm2d(channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.bn2 = BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.relu(self.bn1(x)))
+        y = self.conv2(F.relu(self.bn2(y)))
+        return y + self.shortcut(x)
+
+
+class DenseResidualBlock(nn.Module):
+    """[ReLU-dense] x 2 beside a dense shortcut, no normalisation."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.dense1 = nn.Linear(inputs, width)
+        self.dense2 = nn.Linear(width, width)
+        self.shortcut = nn.Linear(inputs, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense2(F.relu(self.dense1(F.relu(x)))) + self.shortcut(x)
+
+
+def scale_block(channels: int, blocks: int) -> nn.Sequential:
+    return nn.Sequential(*(ResidualBlock(channels) for _ in range(blocks)))
+
+
+class ResNetEncoder(nn.Module):
+    """Images [B,C,H,W] in [0,1] -> (mu, log_sigma), each [B,k] float32, whatever the autocast."""
+
+    def __init__(self, channels: int, latents: int, scales: int, blocks: int, base: int, fc: int) -> None:
+        super().__init__()
+        width = base
+        self.conv0 = nn.Conv2d(channels, width, 3, padding=1)
+        self.scales = nn.ModuleList()
+        self.downsample = nn.ModuleList()
+        for i in range(scales):
+            self.scales.append(scale_block(width, blocks))
+            if i + 1 < scales:
+                self.downsample.append(nn.Conv2d(width, 2 * width, 3, stride=2, padding=1))
+                width *= 2
+        self.fc = DenseResidualBlock(width, fc)
+        self.mu = nn.Linear(fc, latents)
+        self.log_sigma = nn.Linear(fc, latents)
+        glorot_(self)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.conv0(x)
+        for i, scale in enumerate(self.scales):
+            y = scale(y)
+            if i < len(self.downsample):
+                y = self.downsample[i](y)
+        h = self.fc(y.mean((2, 3)))
+        # The posterior stays in fp32: rounding log_sigma to bf16 moves the KL of a sharp latent by percents.
+        with torch.autocast(h.device.type, enabled=False):
+            h = h.float()
+            return self.mu(h), self.log_sigma(h)
+
+
+class ResNetDecoder(nn.Module):
+    """Latents [B,k] -> logits [B,C,side,side]; the image is their sigmoid."""
+
+    def __init__(self, channels: int, latents: int, side: int, blocks: int, base: int) -> None:
+        super().__init__()
+        doublings = int(math.log2(side)) - 1  # from 2x2 to side x side
+        widths = [min(base << i, MAX_DECODER_CHANNELS) for i in range(doublings, -1, -1)]
+        self.width0 = widths[0]
+        self.fc = nn.Linear(latents, 4 * widths[0])
+        self.upsample = nn.ModuleList()
+        self.scales = nn.ModuleList()
+        for wide, narrow in zip(widths, widths[1:], strict=False):
+            self.upsample.append(nn.ConvTranspose2d(wide, narrow, 3, stride=2, padding=1, output_padding=1))
+            self.scales.append(scale_block(narrow, blocks))
+        self.conv = nn.Conv2d(widths[-1], channels, 3, padding=1)
+        glorot_(self)
+
+    def forward(self, z: Tensor) -> Tensor:
+        y = self.fc(z).view(-1, 2, 2, self.width0).permute(0, 3, 1, 2)  # channels_last from the start
+        for up, scale in zip(self.upsample, self.scales, strict=True):
+            y = scale(up(y))
+        return self.conv(y)
