@@ -1,0 +1,116 @@
+"""NumPy files (.npy, .npz), prepared stores, and the check that every array of images passes."""
+
+from pathlib import Path
+
+import numpy as np
+
+from bvae.data.refusal import refusal
+
+# (train, test) in an .npz: the first pair whose train is there. Without any, a single array is train.
+NPZ_KEYS = (("train", "test"), ("x_train", "x_test"), ("images", "test_images"))
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """The array in a .npy file, of whatever shape and dtype. Objects are never unpickled."""
+    array = _open(path)
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise refusal(path, "this is an .npz archive under another name; rename it to .npz")
+    return array
+
+
+def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """(train, test) in an .npz file: the first pair of `NPZ_KEYS` that is there, or else the only array there is."""
+    archive = _open(path)
+    if isinstance(archive, np.ndarray):
+        raise refusal(path, "this is a .npy array under another name; rename it to .npy")
+    with archive:
+        train_key, test_key = _choose_keys(path, archive.files)
+        train = _read_member(path, archive, train_key)
+        return train, _read_member(path, archive, test_key) if test_key else None
+
+
+def read_store(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(train, test) of a prepared store: `train.npy` and `test.npy`, mapped into memory, not yet read.
+
+    `val.npy` and `meta.json` may lie beside them; they are the user's and are not read.
+    """
+    for name in ("train.npy", "test.npy"):
+        if not (folder / name).is_file():
+            raise refusal(folder, f"a prepared store needs train.npy and test.npy, and {name} is missing")
+    return _open_mapped(folder / "train.npy"), _open_mapped(folder / "test.npy")
+
+
+def check_images(array: np.ndarray, where: str, side: int, channels: int) -> np.ndarray:
+    """The array as C-contiguous, writable uint8 [N, side, side, channels] in memory, unless it is something else.
+
+    Args:
+        array: uint8 [N, H, W, C] or, for one channel, [N, H, W].
+        where: the file, and the key or folder in it, for messages.
+
+    Raises:
+        UserError: for any other dtype or shape. Nothing is converted, since a guess would train on the wrong pixels.
+    """
+    shape = list(array.shape)
+    if array.dtype != np.uint8:
+        raise refusal(where, f"holds {array.dtype} values; uint8 pixels in 0..255 are expected")
+    if array.ndim == 3:
+        array = array[..., None]
+    if array.ndim != 4:
+        raise refusal(where, f"has shape {shape}; [N, H, W, C] or [N, H, W] is expected")
+    num, height, width, depth = array.shape
+    if num == 0:
+        raise refusal(where, f"holds no images (shape {shape})")
+    if depth not in (1, 3):
+        hint = "; channels come last" if height in (1, 3) else ""
+        raise refusal(where, f"has shape {shape}; [N, H, W, C] with 1 or 3 channels is expected{hint}")
+    if height != width:
+        raise refusal(where, f"holds images of {height}x{width}; square images are expected")
+    if depth != channels:
+        raise refusal(
+            where, f"holds images of {depth} channel(s), {channels} expected: pass --channels {depth} or other data"
+        )
+    if height != side:
+        raise refusal(
+            where, f"holds images of {height}x{width}, {side}x{side} expected: pass --side {height} or resize them"
+        )
+    # A copy of mapped or read-only memory: nothing may change under a run, and torch wants writable arrays.
+    if not array.flags.writeable or isinstance(array, np.memmap):
+        return np.array(array, order="C", subok=False)
+    return np.ascontiguousarray(array)
+
+
+def _open(path: Path) -> np.ndarray | np.lib.npyio.NpzFile:
+    # A damaged header or archive makes the parsers below fail in many ways (ValueError, SyntaxError, BadZipFile,
+    # MemoryError, ...): all of them mean this.
+    try:
+        return np.load(path, allow_pickle=False)
+    except Exception as error:
+        raise refusal(path, "not a readable NumPy file", error) from error
+
+
+def _open_mapped(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:
+        raise refusal(path, "not a readable .npy file", error) from error
+
+
+def _read_member(path: Path, archive: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
+    try:
+        array = archive[key]
+    except Exception as error:
+        raise refusal(f"{path}[{key}]", "not a readable array", error) from error
+    if not isinstance(array, np.ndarray):  # NumPy hands over a member that is no array as bytes
+        raise refusal(f"{path}[{key}]", "not an array")
+    return array
+
+
+def _choose_keys(path: Path, keys: list[str]) -> tuple[str, str | None]:
+    for train, test in NPZ_KEYS:
+        if train in keys:
+            return train, test if test in keys else None
+    if len(keys) != 1:
+        found = ", ".join(keys[:8]) or "none"
+        raise refusal(path, f"which array to use? Expected train (and test) or a single array, found: {found}")
+    return keys[0], None
