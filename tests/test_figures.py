@@ -1,5 +1,6 @@
 import io
 import math
+import warnings
 from pathlib import Path
 
 import matplotlib
@@ -192,10 +193,13 @@ def test_curves_leave_gaps_for_what_is_not_finite(tmp_path, drawn):
         record |= {"loss": math.nan, "nll": None, "mse": math.inf, "gamma2": math.nan, "kl": -math.inf, "skipped": 7}
         record["latent_sigma2"] = [None] * 8
         record["latent_var_mu"] = [math.inf] * 8
-    curves(records, tmp_path / "curves.png")
-    latent_curves(records, tmp_path / "latents.png")
+    records[3]["gamma2"] = -1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        curves(records, tmp_path / "curves.png")
+        latent_curves(records, tmp_path / "latents.png")
     gaps = [False, False, True, True, False, False]
-    for title in ("Loss and reconstruction term", "KL divergence", "Mean squared error"):
+    for title in ("Loss and reconstruction term", "KL divergence", "Mean squared error", r"Estimated error, $\gamma$"):
         for line in panel(drawn[0], title)[0].lines:
             assert np.isnan(line.get_ydata()).tolist() == gaps, title
     assert "14 steps skipped" in drawn[0].subfigs[0].get_suptitle()

@@ -137,15 +137,16 @@ def test_a_whole_last_line_without_its_end_is_kept(tmp_path):
     assert [key[1] for key in keys(tmp_path)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("torn", ["\n", '\n{"stage": 1, "ep'])
 @pytest.mark.parametrize(
     "bad", ["{", '{"stage": 1}', "[1]", "", '{"stage": 1, "epoch": 2.0}', '{"stage": true, "epoch": 1}', "\udcff"]
 )
-def test_corruption_elsewhere_names_the_line(tmp_path, bad):
+def test_corruption_elsewhere_names_the_line(tmp_path, bad, torn):
     write_run(tmp_path, (1, 1), (1, 2), (1, 3))
     path = tmp_path / "metrics.jsonl"
     lines = path.read_text().splitlines()
     lines[1] = bad
-    before = ("\n".join(lines) + "\n").encode(errors="surrogateescape")
+    before = ("\n".join(lines) + torn).encode(errors="surrogateescape")
     path.write_bytes(before)
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
         read_metrics(tmp_path)
