@@ -11,7 +11,7 @@ NPZ_KEYS = (("train", "test"), ("x_train", "x_test"), ("images", "test_images"))
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """The array in a .npy file, of whatever shape and dtype. Objects are never unpickled."""
+    """The array in a .npy file, of whatever shape and dtype, mapped into memory. Objects are never unpickled."""
     array = _open(path)
     if not isinstance(array, np.ndarray):
         array.close()
@@ -38,7 +38,7 @@ def read_store(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     for name in ("train.npy", "test.npy"):
         if not (folder / name).is_file():
             raise refusal(folder, f"a prepared store needs train.npy and test.npy, and {name} is missing")
-    return _open_mapped(folder / "train.npy"), _open_mapped(folder / "test.npy")
+    return read_npy(folder / "train.npy"), read_npy(folder / "test.npy")
 
 
 def check_images(array: np.ndarray, where: str, side: int, channels: int) -> np.ndarray:
@@ -81,19 +81,13 @@ def check_images(array: np.ndarray, where: str, side: int, channels: int) -> np.
 
 
 def _open(path: Path) -> np.ndarray | np.lib.npyio.NpzFile:
+    """The file's array, mapped and not yet read, so that a wrong shape costs nothing; or its archive of arrays."""
     # A damaged header or archive makes the parsers below fail in many ways (ValueError, SyntaxError, BadZipFile,
     # MemoryError, ...): all of them mean this.
     try:
-        return np.load(path, allow_pickle=False)
-    except Exception as error:
-        raise refusal(path, "not a readable NumPy file", error) from error
-
-
-def _open_mapped(path: Path) -> np.ndarray:
-    try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:
-        raise refusal(path, "not a readable .npy file", error) from error
+        raise refusal(path, "not a readable NumPy file", error) from error
 
 
 def _read_member(path: Path, archive: np.lib.npyio.NpzFile, key: str) -> np.ndarray:

@@ -85,7 +85,12 @@ def load(
         test, test_factors = shapes.make_shapes(num_test, side, seed, stream=1)
         factors = Factors(shapes.NAMES, train_factors, test_factors)
     else:
-        name, train, test = _read(Path(path), side, channels, seed)
+        try:
+            name, train, test = _read(Path(path), side, channels, seed)
+        except MemoryError as error:
+            raise refusal(path, "does not fit in memory", error) from error
+        except OSError as error:  # mostly permissions, met while looking at what is there
+            raise refusal(path, "cannot be read", error) from error
     if jpeg_roundtrip:
         train, test = folder.jpeg_roundtrip(train), folder.jpeg_roundtrip(test)
     return Dataset(name, train, test, _digest(train, test), factors)

@@ -3,20 +3,19 @@
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from bvae.data.refusal import refusal
+from bvae.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff", ".gif")
+# Whatever its suffix, a file of another format is refused: some of Pillow's decoders start other programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 MAX_PIXELS = 2**26  # of one file, 8192 x 8192: a small file can claim to be far larger and fill the memory
-
-_Item = TypeVar("_Item")
 
 
 def read_image_folder(folder: Path, side: int, channels: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -52,16 +51,16 @@ def read_image(path: Path, side: int, channels: int) -> np.ndarray:
     """
     # Pillow's plugins raise nearly anything on damaged files (OSError, SyntaxError, struct.error, ...).
     try:
-        with Image.open(path) as image:
-            pixels, mode = image.width * image.height, image.mode
-            if pixels <= MAX_PIXELS and mode[0] not in "IF":
-                upright = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise refusal(path, f"is {image.width}x{image.height}, more than the {MAX_PIXELS} pixels accepted")
+            if image.mode[0] in "IF":
+                raise refusal(path, f"is deeper than 8 bits a channel (Pillow's mode {image.mode}); convert it to 8")
+            upright = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
+    except UserError:
+        raise
     except Exception as error:
         raise refusal(path, "not a readable image", error) from error
-    if pixels > MAX_PIXELS:
-        raise refusal(path, f"has {pixels} pixels, more than the {MAX_PIXELS} that are accepted")
-    if mode[0] in "IF":
-        raise refusal(path, f"has more than 8 bits a channel (Pillow's mode {mode}); convert it to 8 bits")
     edge = min(upright.size)
     left, top = (upright.width - edge) // 2, (upright.height - edge) // 2
     square = upright.crop((left, top, left + edge, top + edge)).resize((side, side), Image.Resampling.BILINEAR)
@@ -77,31 +76,24 @@ def jpeg_roundtrip(images: np.ndarray) -> np.ndarray:
     Returns:
         uint8 [N, H, W, C], a new array.
     """
-    return _stack(_through_jpeg, images, images.shape)
-
-
-def _through_jpeg(image: np.ndarray) -> np.ndarray:
-    buffer = io.BytesIO()
-    Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(buffer, "JPEG")
-    return np.asarray(Image.open(buffer)).reshape(image.shape)
+    result = np.empty_like(images)
+    for row, image in enumerate(images):  # threads would slow this down: most of it is Pillow's Python
+        buffer = io.BytesIO()
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(buffer, "JPEG")
+        result[row] = np.asarray(Image.open(buffer, formats=("JPEG",))).reshape(image.shape)
+    return result
 
 
 def _read_below(folder: Path, side: int, channels: int) -> np.ndarray:
     files = list_images(folder)
     if not files:
         raise refusal(folder, f"holds no images ({', '.join(SUFFIXES)})")
-    with warnings.catch_warnings():
+    images = np.empty((len(files), side, side, channels), np.uint8)
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         warnings.simplefilter("ignore")  # of Pillow, on odd metadata and large images: what matters is raised
-        return _stack(lambda file: read_image(file, side, channels), files, (len(files), side, side, channels))
-
-
-def _stack(function: Callable[[_Item], np.ndarray], items: Iterable[_Item], shape: tuple[int, ...]) -> np.ndarray:
-    """function(item) of every item, in one array. Threads help, since Pillow lets go of the lock to code and resize."""
-    result = np.empty(shape, np.uint8)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for row, image in enumerate(pool.map(function, items)):
-            result[row] = image
-    return result
+        for row, image in enumerate(pool.map(lambda file: read_image(file, side, channels), files)):
+            images[row] = image
+    return images
 
 
 def _unreadable(error: OSError) -> None:

@@ -27,11 +27,13 @@ RANGES = {
 }
 NAMES = tuple(RANGES)
 DISCRETE = ("number", "kind")
+# How a latent's correlation with each is to be measured (`bvae.metrics.latent.factor_correlation`): a number is a period.
+FACTOR_TYPES = ("linear", "categorical", "linear", "linear", "linear", math.pi / 2, 1.0, "linear")
 
 SATURATION = 0.9
 # number -> (distance of the copies from the centre, radius of a copy), in units of `size`: copies never touch, and with
 # x, y and size in their ranges no part of one leaves the image.
-LAYOUT = {1: (0.0, 1.0), 2: (0.6, 0.57), 3: (0.64, 0.52)}
+LAYOUT = {1: (0.0, 1.0), 2: (0.58, 0.57), 3: (0.63, 0.52)}
 
 _PIXELS_AT_ONCE = 2**17  # keeps a block's temporaries in the cache
 
