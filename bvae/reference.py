@@ -1,0 +1,202 @@
+"""The fused ops in plain PyTorch: their definition, and what runs where the extension could not be built.
+
+Same signatures and semantics as bvae.ops (see docs/ops.md), on any device, differentiable by autograd. Equations:
+A. Asperti, M. Trentin, "Balancing Reconstruction Error and Kullback-Leibler Divergence in Variational Autoencoders",
+IEEE Access 8, 2020 (arXiv 2002.07514). Noise: Philox4x32-10 of Salmon et al., SC 2011, and the Box-Muller transform.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WORD = 0xFFFFFFFF
+
+
+class SampleKL(NamedTuple):
+    """What `sample_kl` returns: z as mu; kl, a scalar; moments [4, k]."""
+
+    z: Tensor
+    kl: Tensor
+    moments: Tensor
+
+
+class BalancedLossOut(NamedTuple):
+    """What `balanced_loss` returns: loss and sse, scalars; stats [4] = mse_batch, kl/B, gamma2 used, nll."""
+
+    loss: Tensor
+    sse: Tensor
+    stats: Tensor
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type sums are kept and returned in: float32, for float64 inputs float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast_inputs(mu: Tensor, log_sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """mu and log_sigma in float32 where autocast is on: sigma and KL need the digits, and they cost next to nothing."""
+    if torch.is_autocast_enabled(mu.device.type):
+        if mu.dtype in (torch.bfloat16, torch.float16):
+            mu = mu.float()
+        if log_sigma.dtype in (torch.bfloat16, torch.float16):
+            log_sigma = log_sigma.float()
+    return mu, log_sigma
+
+
+# ---- noise ----------------------------------------------------------------------------------------------------------
+
+
+def make_rng(seed: int, device: torch.device | str | None = None) -> Tensor:
+    """The state of the noise generator: int64 [2] = {seed, offset 0}, the seed taken modulo 2^64."""
+    wrapped = (seed + 2**63) % 2**64 - 2**63
+    return torch.tensor([wrapped, 0], dtype=torch.int64, device=device)
+
+
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32-10: four uint32 words, as int64, from a counter of four and a key of two (broadcast together)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # Products wrap modulo 2^64; masking after the shift gives the high word whatever the sign.
+        p0 = c0 * 0xD2511F53
+        p1 = c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((p1 >> 32) & WORD) ^ c1 ^ k0, p1 & WORD, ((p0 >> 32) & WORD) ^ c3 ^ k1, p0 & WORD
+        k0 = (k0 + 0x9E3779B9) & WORD
+        k1 = (k1 + 0xBB67AE85) & WORD
+    return c0, c1, c2, c3
+
+
+def _quads(rng: Tensor, rows: int, k: int, first_sample: int) -> tuple[Tensor, ...]:
+    seed, offset = rng[0], rng[1]
+    sample = (torch.arange(rows, device=rng.device) + first_sample).view(-1, 1) & WORD
+    quad = torch.arange((k + 3) // 4, device=rng.device).view(1, -1)
+    counter = (quad, sample, offset & WORD, (offset >> 32) & WORD)
+    return philox4x32(counter, (seed & WORD, (seed >> 32) & WORD))
+
+
+def philox_words(rng: Tensor, rows: int, k: int, first_sample: int = 0) -> Tensor:
+    """The uint32 words behind `philox_normal`, as int64 [rows, k]."""
+    words = torch.stack(_quads(rng, rows, k, first_sample), dim=-1)
+    return words.flatten(1)[:, :k].contiguous()
+
+
+def philox_normal(rng: Tensor, rows: int, k: int, *, first_sample: int = 0) -> Tensor:
+    """Standard normal noise, float32 [rows, k], that `sample_kl` would use now. Does not advance rng."""
+    w = _quads(rng, rows, k, first_sample)
+    normals = []
+    for radius_word, angle_word in ((w[0], w[1]), (w[2], w[3])):
+        u = radius_word.float() * 2**-32 + 2**-33  # in (0, 1]: rounded to float32 by definition, the rest is not
+        radius = (-2 * u.double().log()).sqrt()
+        angle = angle_word.double() * (2 * math.pi / 2**32)
+        normals += [radius * angle.cos(), radius * angle.sin()]
+    return torch.stack(normals, dim=-1).flatten(1)[:, :k].float().contiguous()
+
+
+# ---- sampling and KL ------------------------------------------------------------------------------------------------
+
+
+def kl(mu: Tensor, log_sigma: Tensor) -> Tensor:
+    """KL(N(mu, sigma^2) || N(0, 1)) of every latent: 1/2 (mu^2 + sigma^2 - 2 log sigma - 1), in mu's shape."""
+    return 0.5 * (mu.square() + (torch.expm1(2 * log_sigma) - 2 * log_sigma))
+
+
+def sample_kl(mu: Tensor, log_sigma: Tensor, rng: Tensor, *, first_sample: int = 0, advance: bool = True) -> SampleKL:
+    """z = mu + sigma eps and kl = sum of 1/2 (mu^2 + sigma^2 - 2 log sigma - 1). See `bvae.ops.sample_kl`."""
+    if mu.shape != log_sigma.shape or mu.dim() < 1:
+        raise RuntimeError("bvae: mu and log_sigma must have one shape [B, ...]")
+    mu, log_sigma = autocast_inputs(mu, log_sigma)
+    if mu.dtype != log_sigma.dtype:
+        raise RuntimeError(f"bvae: mu and log_sigma must have one dtype, got {mu.dtype} and {log_sigma.dtype}")
+    shape, dtype, sums = mu.shape, mu.dtype, sum_dtype(mu.dtype)
+    batch, k = shape[0], math.prod(shape[1:])
+    m, ls = mu.reshape(batch, k).to(sums), log_sigma.reshape(batch, k).to(sums)
+    eps = philox_normal(rng, batch, k, first_sample=first_sample).to(sums)
+    if advance:
+        rng[1] += 1
+    sigma = ls.exp()
+    z = (m + sigma * eps).to(dtype).view(shape)
+    terms = kl(m, ls)
+    with torch.no_grad():
+        moments = torch.stack([m.sum(0), m.square().sum(0), sigma.square().sum(0), terms.sum(0)])
+    return SampleKL(z, terms.sum(), moments)
+
+
+# ---- the loss -------------------------------------------------------------------------------------------------------
+
+
+def update_gamma2(
+    gamma2: Tensor, skipped: Tensor, sse: Tensor, count: Tensor, *, decay: float = 0.99, floor: float = 1e-8
+) -> None:
+    """gamma2 <- max(floor, min(gamma2, decay gamma2 + (1 - decay) sse / count)). See `bvae.ops.update_gamma2`."""
+    with torch.no_grad():
+        some = count != 0
+        mse = sse.double() / count.double()
+        finite = mse.isfinite()
+        now = gamma2.double()
+        moved = torch.minimum(now, decay * now + (1 - decay) * mse).clamp(min=floor).to(gamma2.dtype)
+        gamma2.copy_(torch.where(some & finite, moved, gamma2))
+        skipped.add_((some & ~finite).to(skipped.dtype))
+
+
+def balanced_loss(
+    recon: Tensor,
+    target: Tensor,
+    kl: Tensor,
+    gamma2: Tensor,
+    skipped: Tensor,
+    *,
+    kl_weight: float = 1.0,
+    logits: bool,
+    update: bool,
+    decay: float = 0.99,
+    floor: float = 1e-8,
+) -> BalancedLossOut:
+    """loss = sse / (2 B gamma2) + kl_weight kl / B + D/2 log(2 pi gamma2). See `bvae.ops.balanced_loss`."""
+    if recon.shape != target.shape or recon.dim() < 1:
+        raise RuntimeError("bvae: the reconstruction and its target must have one shape [B, ...]")
+    sums = sum_dtype(recon.dtype)
+    batch, numel, per_sample = recon.shape[0], recon.numel(), math.prod(recon.shape[1:])
+    x = target.detach().to(sums)
+    if target.dtype == torch.uint8:
+        x = x / 255
+    x_hat = recon.to(sums).sigmoid() if logits else recon.to(sums)
+    sse = (x_hat - x).square().sum()
+    used = gamma2.detach().clone()
+    g2, kl = used.to(sums), kl.to(sums).reshape(())
+    constant = 0.5 * per_sample * (g2.log() + math.log(2 * math.pi))
+    nll = sse / (2 * batch * g2) + constant if batch else sse + constant
+    kl_mean = kl / batch if batch else 0 * kl
+    loss = nll + kl_weight * kl_mean
+    with torch.no_grad():
+        mse = sse / max(numel, 1)
+        stats = torch.stack([mse.float(), kl_mean.float(), used.reshape(()), nll.float()])
+    if update:
+        count = torch.tensor(numel, dtype=torch.int64, device=recon.device)
+        update_gamma2(gamma2, skipped, sse.detach(), count, decay=decay, floor=floor)
+    return BalancedLossOut(loss, sse, stats)
+
+
+# ---- gather ---------------------------------------------------------------------------------------------------------
+
+
+def gather(
+    data: Tensor, index: Tensor, flip: Tensor | None = None, *, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Rows of uint8 [N, H, W, C] as a batch in [0, 1] and as uint8, both [B, C, H, W]. See `bvae.ops.gather`."""
+    if data.dim() != 4 or data.dtype != torch.uint8 or not data.is_contiguous():
+        raise RuntimeError("bvae: data must be a contiguous uint8 array [N, H, W, C]")
+    if index.dim() != 1 or index.dtype != torch.int64:
+        raise RuntimeError("bvae: index must be int64 [B]")
+    if index.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = index[(index < 0) | (index >= data.shape[0])]
+        if bad.numel():
+            raise IndexError(f"bvae: index {int(bad[0])} is out of range for {data.shape[0]} images")
+    rows = data.index_select(0, index)
+    if flip is not None:
+        rows = torch.where(flip.view(-1, 1, 1, 1), rows.flip(2), rows)
+    rows = rows.permute(0, 3, 1, 2)
+    # Division in float32 and one rounding to dtype, as the extension does.
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return (rows.to(wide) / 255).to(dtype), rows

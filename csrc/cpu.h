@@ -1,0 +1,40 @@
+// The CPU loops as a table of functions: cpu_loops.h is compiled once per instruction set and the best set that the
+// processor has is chosen when the extension loads. Every function works on a range, so that the caller can split
+// the work over threads; none allocates.
+#pragma once
+
+#include "common.h"
+
+namespace bvae {
+
+struct CpuLoops {
+  const char* name;
+
+  // Sum of squared residuals over the elements [begin, end).
+  double (*sse)(DType recon_type, const void* recon, DType target_type, const void* target, bool logits, int64_t begin,
+                int64_t end);
+
+  // grad[i] = coefficient * half_slope(recon[i], target[i]) over [begin, end); grad has recon's type.
+  void (*sse_grad)(DType recon_type, const void* recon, DType target_type, const void* target, bool logits,
+                   double coefficient, void* grad, int64_t begin, int64_t end);
+
+  // z for rows [begin, end), and per-latent sums of mu, mu^2, sigma^2, kl over those rows added to sums [4, k].
+  void (*sample)(DType type, Rows mu, Rows log_sigma, void* z, double* sums, int64_t k, RngState rng,
+                 int64_t first_sample, int64_t begin, int64_t end);
+
+  // grad_z may be null (no gradient reaches z).
+  void (*sample_grad)(DType type, const void* grad_z, double grad_kl, Rows mu, Rows log_sigma, void* grad_mu,
+                      void* grad_log_sigma, int64_t k, RngState rng, int64_t first_sample, int64_t begin, int64_t end);
+
+  // Rows [begin, end) of the raw words (as int64) or of the normals; the other pointer is null.
+  void (*noise)(int64_t* words, float* normals, int64_t k, RngState rng, int64_t first_sample, int64_t begin,
+                int64_t end);
+
+  // Images [begin, end): rows = data[index], mirrored along the width where flip says so; x = rows / 255.
+  void (*gather)(const uint8_t* data, const int64_t* index, const bool* flip, DType type, void* x, uint8_t* rows,
+                 int64_t height, int64_t width, int64_t channels, int64_t begin, int64_t end);
+};
+
+const CpuLoops& cpu_loops();
+
+}  // namespace bvae

@@ -1,0 +1,330 @@
+// The CPU loops. Included once per instruction set by cpu_default.cpp, cpu_avx2.cpp and cpu_avx512.cpp, which set
+// the compiler's target first and BVAE_CPU_NAME; everything below is local to the including file. No pragma once.
+//
+// Elements pass through small blocks of the arithmetic type, which stay in the first-level cache: one loop converts,
+// one computes, one converts back, and each of them is simple enough for the compiler to vectorise.
+
+#include "cpu.h"
+#include "half.h"
+#include "philox.h"
+
+namespace bvae {
+namespace {
+
+constexpr int kBlock = 1024;  // elements of the loss at a time
+constexpr int kTile = 256;    // latents at a time, a multiple of 4
+
+// ---- conversions ---------------------------------------------------------------------------------------------------
+
+// n elements from `begin` on, as A: a pointer into the tensor where it already is A, else into `buffer`.
+template <class A>
+const A* load(DType type, const void* data, int64_t begin, int n, A* buffer) {
+  if constexpr (sizeof(A) == 8) {
+    if (type == DType::f64) return static_cast<const A*>(data) + begin;
+  } else {
+    if (type == DType::f32) return static_cast<const A*>(data) + begin;
+  }
+  switch (type) {
+    case DType::f32: {
+      const float* p = static_cast<const float*>(data) + begin;
+      for (int i = 0; i < n; ++i) buffer[i] = static_cast<A>(p[i]);
+      break;
+    }
+    case DType::f64: {
+      const double* p = static_cast<const double*>(data) + begin;
+      for (int i = 0; i < n; ++i) buffer[i] = static_cast<A>(p[i]);
+      break;
+    }
+    case DType::bf16: {
+      const uint16_t* p = static_cast<const uint16_t*>(data) + begin;
+      for (int i = 0; i < n; ++i) buffer[i] = float_from_bf16(p[i]);
+      break;
+    }
+    case DType::f16: {
+      const uint16_t* p = static_cast<const uint16_t*>(data) + begin;
+      for (int i = 0; i < n; ++i) buffer[i] = float_from_f16(p[i]);
+      break;
+    }
+    case DType::u8: {
+      const uint8_t* p = static_cast<const uint8_t*>(data) + begin;
+      if constexpr (sizeof(A) == 8) {
+        for (int i = 0; i < n; ++i) buffer[i] = p[i] / 255.0;
+      } else {
+        for (int i = 0; i < n; ++i) buffer[i] = unit_from_u8(static_cast<float>(p[i]));
+      }
+      break;
+    }
+  }
+  return buffer;
+}
+
+// Where to write n results: into the tensor itself where its type is A, else into `buffer`, for `store`.
+template <class A>
+A* place(DType type, void* data, int64_t begin, A* buffer) {
+  const bool same = type == (sizeof(A) == 8 ? DType::f64 : DType::f32);
+  return same ? static_cast<A*>(data) + begin : buffer;
+}
+
+template <class A>
+void store(DType type, void* data, int64_t begin, int n, const A* values) {
+  if (type == DType::bf16) {
+    uint16_t* p = static_cast<uint16_t*>(data) + begin;
+    for (int i = 0; i < n; ++i) p[i] = bf16_from_float(static_cast<float>(values[i]));
+  } else if (type == DType::f16) {
+    uint16_t* p = static_cast<uint16_t*>(data) + begin;
+    for (int i = 0; i < n; ++i) p[i] = f16_from_float(static_cast<float>(values[i]));
+  }
+}
+
+// ---- the loss ------------------------------------------------------------------------------------------------------
+
+// Sum of n values in 16 interleaved lanes: the order is fixed, so every instruction set gives the same bits.
+template <class A>
+double lane_sum(const A* values, int n) {
+  typedef A Lanes __attribute__((vector_size(16 * sizeof(A))));
+  Lanes lanes = {};
+  int i = 0;
+  for (; i + 16 <= n; i += 16) {
+    Lanes next;
+    __builtin_memcpy(&next, values + i, sizeof(next));
+    lanes += next;
+  }
+  double total = 0.0;
+  for (int j = 0; j < 16; ++j) total += static_cast<double>(lanes[j]);
+  for (; i < n; ++i) total += static_cast<double>(values[i]);
+  return total;
+}
+
+template <class A, bool logits>
+double sse_range(DType recon_type, const void* recon, DType target_type, const void* target, int64_t begin,
+                 int64_t end) {
+  alignas(64) A recon_buffer[kBlock], target_buffer[kBlock], squares[kBlock];
+  double total = 0.0;
+  for (int64_t b = begin; b < end; b += kBlock) {
+    const int n = static_cast<int>(end - b < kBlock ? end - b : kBlock);
+    const A* __restrict r = load<A>(recon_type, recon, b, n, recon_buffer);
+    const A* __restrict t = load<A>(target_type, target, b, n, target_buffer);
+    for (int i = 0; i < n; ++i) {
+      const A d = residual<logits>(r[i], t[i]);
+      squares[i] = d * d;
+    }
+    total += lane_sum(squares, n);
+  }
+  return total;
+}
+
+double sse(DType recon_type, const void* recon, DType target_type, const void* target, bool logits, int64_t begin,
+           int64_t end) {
+  if (recon_type == DType::f64) {
+    return logits ? sse_range<double, true>(recon_type, recon, target_type, target, begin, end)
+                  : sse_range<double, false>(recon_type, recon, target_type, target, begin, end);
+  }
+  return logits ? sse_range<float, true>(recon_type, recon, target_type, target, begin, end)
+                : sse_range<float, false>(recon_type, recon, target_type, target, begin, end);
+}
+
+template <class A, bool logits>
+void sse_grad_range(DType recon_type, const void* recon, DType target_type, const void* target, A coefficient,
+                    void* grad, int64_t begin, int64_t end) {
+  alignas(64) A recon_buffer[kBlock], target_buffer[kBlock], grad_buffer[kBlock];
+  for (int64_t b = begin; b < end; b += kBlock) {
+    const int n = static_cast<int>(end - b < kBlock ? end - b : kBlock);
+    const A* __restrict r = load<A>(recon_type, recon, b, n, recon_buffer);
+    const A* __restrict t = load<A>(target_type, target, b, n, target_buffer);
+    A* __restrict g = place<A>(recon_type, grad, b, grad_buffer);
+    for (int i = 0; i < n; ++i) g[i] = coefficient * half_slope<logits>(r[i], t[i]);
+    store(recon_type, grad, b, n, g);
+  }
+}
+
+void sse_grad(DType recon_type, const void* recon, DType target_type, const void* target, bool logits,
+              double coefficient, void* grad, int64_t begin, int64_t end) {
+  const float single = static_cast<float>(coefficient);
+  if (recon_type == DType::f64) {
+    logits ? sse_grad_range<double, true>(recon_type, recon, target_type, target, coefficient, grad, begin, end)
+           : sse_grad_range<double, false>(recon_type, recon, target_type, target, coefficient, grad, begin, end);
+  } else {
+    logits ? sse_grad_range<float, true>(recon_type, recon, target_type, target, single, grad, begin, end)
+           : sse_grad_range<float, false>(recon_type, recon, target_type, target, single, grad, begin, end);
+  }
+}
+
+// ---- noise ---------------------------------------------------------------------------------------------------------
+
+struct Tile {
+  alignas(64) uint32_t w[4][kTile / 4];
+  alignas(64) float n[4][kTile / 4];
+};
+
+void tile_words(RngState rng, int64_t sample, int64_t first_quad, int quads, Tile* tile) {
+  for (int i = 0; i < quads; ++i) {
+    const Words words = philox_quad(rng, sample, first_quad + i);
+    for (int j = 0; j < 4; ++j) tile->w[j][i] = words.w[j];
+  }
+}
+
+// The normals of latents [first, first + n) of one sample; first is a multiple of 4.
+void tile_normals(RngState rng, int64_t sample, int64_t first, int n, Tile* tile, float* eps) {
+  const int quads = (n + 3) / 4;
+  tile_words(rng, sample, first / 4, quads, tile);
+  for (int pair = 0; pair < 4; pair += 2) {
+    for (int i = 0; i < quads; ++i) {
+      box_muller(tile->w[pair][i], tile->w[pair + 1][i], &tile->n[pair][i], &tile->n[pair + 1][i]);
+    }
+  }
+  for (int i = 0; i < quads; ++i) {
+    for (int j = 0; j < 4; ++j) eps[4 * i + j] = tile->n[j][i];
+  }
+}
+
+void noise(int64_t* words, float* normals, int64_t k, RngState rng, int64_t first_sample, int64_t begin, int64_t end) {
+  Tile tile;
+  alignas(64) float eps[kTile];
+  for (int64_t row = begin; row < end; ++row) {
+    for (int64_t first = 0; first < k; first += kTile) {
+      const int n = static_cast<int>(k - first < kTile ? k - first : kTile);
+      if (words != nullptr) {
+        tile_words(rng, first_sample + row, first / 4, (n + 3) / 4, &tile);
+        for (int i = 0; i < n; ++i) words[row * k + first + i] = tile.w[i % 4][i / 4];
+      } else {
+        tile_normals(rng, first_sample + row, first, n, &tile, eps);
+        std::memcpy(normals + row * k + first, eps, sizeof(float) * n);
+      }
+    }
+  }
+}
+
+// ---- sampling and KL -----------------------------------------------------------------------------------------------
+
+template <class A>
+void sample_range(DType type, Rows mu, Rows log_sigma, void* z, double* sums, int64_t k, RngState rng,
+                  int64_t first_sample, int64_t begin, int64_t end) {
+  Tile tile;
+  alignas(64) float eps[kTile];
+  alignas(64) A mu_buffer[kTile], log_sigma_buffer[kTile], z_buffer[kTile], sigma2[kTile], kl[kTile];
+  for (int64_t row = begin; row < end; ++row) {
+    for (int64_t first = 0; first < k; first += kTile) {
+      const int n = static_cast<int>(k - first < kTile ? k - first : kTile);
+      tile_normals(rng, first_sample + row, first, n, &tile, eps);
+      const A* __restrict m = load<A>(type, mu.data, row * mu.stride + first, n, mu_buffer);
+      const A* __restrict l = load<A>(type, log_sigma.data, row * log_sigma.stride + first, n, log_sigma_buffer);
+      A* __restrict out = place<A>(type, z, row * k + first, z_buffer);
+      for (int i = 0; i < n; ++i) {
+        const Latent<A> latent = sample_latent<A>(m[i], l[i], static_cast<A>(eps[i]));
+        out[i] = latent.z;
+        sigma2[i] = latent.sigma2;
+        kl[i] = latent.kl;
+      }
+      store(type, z, row * k + first, n, out);
+      double* __restrict sum = sums + first;
+      for (int i = 0; i < n; ++i) {
+        const double value = m[i];
+        sum[i] += value;
+        sum[i + k] += value * value;
+        sum[i + 2 * k] += sigma2[i];
+        sum[i + 3 * k] += kl[i];
+      }
+    }
+  }
+}
+
+void sample(DType type, Rows mu, Rows log_sigma, void* z, double* sums, int64_t k, RngState rng, int64_t first_sample,
+            int64_t begin, int64_t end) {
+  if (type == DType::f64) {
+    sample_range<double>(type, mu, log_sigma, z, sums, k, rng, first_sample, begin, end);
+  } else {
+    sample_range<float>(type, mu, log_sigma, z, sums, k, rng, first_sample, begin, end);
+  }
+}
+
+template <class A>
+void sample_grad_range(DType type, const void* grad_z, A grad_kl, Rows mu, Rows log_sigma, void* grad_mu,
+                       void* grad_log_sigma, int64_t k, RngState rng, int64_t first_sample, int64_t begin,
+                       int64_t end) {
+  Tile tile;
+  alignas(64) float eps[kTile];
+  alignas(64) A mu_buffer[kTile], log_sigma_buffer[kTile], g_buffer[kTile], g_mu_buffer[kTile], g_ls_buffer[kTile];
+  for (int64_t row = begin; row < end; ++row) {
+    for (int64_t first = 0; first < k; first += kTile) {
+      const int n = static_cast<int>(k - first < kTile ? k - first : kTile);
+      const int64_t at = row * k + first;
+      tile_normals(rng, first_sample + row, first, n, &tile, eps);
+      const A* __restrict m = load<A>(type, mu.data, row * mu.stride + first, n, mu_buffer);
+      const A* __restrict l = load<A>(type, log_sigma.data, row * log_sigma.stride + first, n, log_sigma_buffer);
+      const A* __restrict g = g_buffer;
+      if (grad_z != nullptr) {
+        g = load<A>(type, grad_z, at, n, g_buffer);
+      } else {
+        for (int i = 0; i < n; ++i) g_buffer[i] = A(0);
+      }
+      A* __restrict g_mu = place<A>(type, grad_mu, at, g_mu_buffer);
+      A* __restrict g_ls = place<A>(type, grad_log_sigma, at, g_ls_buffer);
+      for (int i = 0; i < n; ++i) {
+        latent_gradient<A>(m[i], l[i], static_cast<A>(eps[i]), g[i], grad_kl, &g_mu[i], &g_ls[i]);
+      }
+      store(type, grad_mu, at, n, g_mu);
+      store(type, grad_log_sigma, at, n, g_ls);
+    }
+  }
+}
+
+void sample_grad(DType type, const void* grad_z, double grad_kl, Rows mu, Rows log_sigma, void* grad_mu,
+                 void* grad_log_sigma, int64_t k, RngState rng, int64_t first_sample, int64_t begin, int64_t end) {
+  if (type == DType::f64) {
+    sample_grad_range<double>(type, grad_z, grad_kl, mu, log_sigma, grad_mu, grad_log_sigma, k, rng, first_sample,
+                              begin, end);
+  } else {
+    sample_grad_range<float>(type, grad_z, static_cast<float>(grad_kl), mu, log_sigma, grad_mu, grad_log_sigma, k, rng,
+                             first_sample, begin, end);
+  }
+}
+
+// ---- gather --------------------------------------------------------------------------------------------------------
+
+template <class T, class Convert>
+void unit_values(const uint8_t* rows, void* x, int64_t begin, int64_t n, Convert convert) {
+  T* out = static_cast<T*>(x) + begin;
+  for (int64_t i = 0; i < n; ++i) out[i] = convert(unit_from_u8(static_cast<float>(rows[i])));
+}
+
+void gather(const uint8_t* data, const int64_t* index, const bool* flip, DType type, void* x, uint8_t* rows,
+            int64_t height, int64_t width, int64_t channels, int64_t begin, int64_t end) {
+  const int64_t line = width * channels;
+  const int64_t image = height * line;
+  for (int64_t b = begin; b < end; ++b) {
+    const uint8_t* from = data + index[b] * image;
+    uint8_t* to = rows + b * image;
+    if (flip == nullptr || !flip[b]) {
+      std::memcpy(to, from, static_cast<size_t>(image));
+    } else {
+      for (int64_t h = 0; h < height; ++h) {
+        for (int64_t w = 0; w < width; ++w) {
+          for (int64_t c = 0; c < channels; ++c) {
+            to[h * line + w * channels + c] = from[h * line + (width - 1 - w) * channels + c];
+          }
+        }
+      }
+    }
+    switch (type) {
+      case DType::bf16:
+        unit_values<uint16_t>(to, x, b * image, image, [](float v) { return bf16_from_float(v); });
+        break;
+      case DType::f16:
+        unit_values<uint16_t>(to, x, b * image, image, [](float v) { return f16_from_float(v); });
+        break;
+      case DType::f64: {
+        double* out = static_cast<double*>(x) + b * image;
+        for (int64_t i = 0; i < image; ++i) out[i] = to[i] / 255.0;
+        break;
+      }
+      default:
+        unit_values<float>(to, x, b * image, image, [](float v) { return v; });
+    }
+  }
+}
+
+}  // namespace
+}  // namespace bvae
+
+#define BVAE_CPU_LOOPS(table) \
+  extern const ::bvae::CpuLoops table = {BVAE_CPU_NAME, sse, sse_grad, sample, sample_grad, noise, gather}

@@ -1,0 +1,93 @@
+// Launchers of the CUDA kernels, free of torch and CUDA headers so that both compilers read them. Each takes raw device
+// pointers, a device index and a stream, never synchronises, and returns the cudaError_t of its launch as an int.
+#pragma once
+
+#include "common.h"
+
+namespace bvae {
+
+struct Launch {
+  int device;
+  void* stream;
+};
+
+const char* cuda_error_string(int error);
+
+// Bytes of scratch memory a call needs for its partial sums and its ticket. Scratch is per call: with a global ticket,
+// two streams or two replays of a graph would race.
+int64_t sample_kl_scratch_bytes(int64_t batch, int64_t k);
+int64_t balanced_loss_scratch_bytes(int64_t numel);
+
+struct SampleArgs {
+  DType type;
+  Rows mu, log_sigma;  // [B, k]
+  void* z;             // [B, k]
+  void* kl;            // scalar, float or double
+  void* moments;       // [4, k], float or double
+  int64_t* rng;        // {seed, offset}, advanced by the last block
+  int64_t* state;      // {seed, offset} as the noise used it
+  void* scratch;
+  int64_t batch, k, first_sample;
+  bool advance;
+};
+int cuda_sample_kl(const SampleArgs& args, Launch launch);
+
+struct SampleGradArgs {
+  DType type;
+  const void* grad_z;   // [B, k] or null
+  const void* grad_kl;  // scalar or null
+  Rows mu, log_sigma;   // [B, k]
+  const int64_t* state;
+  void *grad_mu, *grad_log_sigma;  // [B, k]
+  int64_t batch, k, first_sample;
+};
+int cuda_sample_kl_backward(const SampleGradArgs& args, Launch launch);
+
+// Exactly one of words and normals is not null; [rows, k].
+int cuda_noise(int64_t* words, float* normals, const int64_t* rng, int64_t rows, int64_t k, int64_t first_sample,
+               Launch launch);
+
+struct LossArgs {
+  DType recon_type, target_type;
+  const void *recon, *target;  // numel elements in the same order
+  const void* kl;              // scalar, float or double
+  float* gamma2;
+  int64_t* skipped;
+  void *loss, *sse;    // scalars, float or double
+  float* stats;        // [4]
+  float* gamma2_used;  // scalar
+  void* scratch;
+  int64_t numel, batch, per_sample;
+  double kl_weight, decay, floor;
+  bool logits, update;
+};
+int cuda_balanced_loss(const LossArgs& args, Launch launch);
+
+struct LossGradArgs {
+  DType recon_type, target_type;
+  const void *grad_loss, *grad_sse;  // scalars, float or double, or null
+  const void *recon, *target;
+  const float* gamma2_used;
+  void* grad_recon;
+  void* grad_kl;  // scalar, float or double
+  int64_t numel, batch;
+  double kl_weight;
+  bool logits;
+};
+int cuda_balanced_loss_backward(const LossGradArgs& args, Launch launch);
+
+int cuda_update_gamma2(float* gamma2, int64_t* skipped, const void* sse, bool sse_is_double, const void* count,
+                       bool count_is_double, double decay, double floor, Launch launch);
+
+struct GatherArgs {
+  const uint8_t* data;   // [N, H, W, C]
+  const int64_t* index;  // [B]
+  const bool* flip;      // [B] or null
+  DType type;
+  void* x;        // [B, H, W, C]
+  uint8_t* rows;  // [B, H, W, C]
+  int64_t images, batch, height, width, channels;
+};
+int cuda_gather(const GatherArgs& args, Launch launch);
+
+}  // namespace bvae

@@ -1,0 +1,55 @@
+// The schemas of torch.ops.bvae, all in one place, and the module that Python imports to register them.
+// bvae/ops.py adds the fake kernels and autograd; docs/ops.md is the contract.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "ops.h"
+
+STABLE_TORCH_LIBRARY(bvae, m) {
+  m.def(
+      "sample_kl(Tensor mu, Tensor log_sigma, Tensor(a!) rng, int first_sample, bool advance) "
+      "-> (Tensor z, Tensor kl, Tensor moments, Tensor state)");
+  m.def(
+      "sample_kl_backward(Tensor? grad_z, Tensor? grad_kl, Tensor mu, Tensor log_sigma, Tensor state, "
+      "int first_sample) -> (Tensor grad_mu, Tensor grad_log_sigma)");
+  m.def("philox_words(Tensor rng, SymInt rows, SymInt k, int first_sample) -> Tensor");
+  m.def("philox_normal(Tensor rng, SymInt rows, SymInt k, int first_sample) -> Tensor");
+  m.def(
+      "balanced_loss(Tensor recon, Tensor target, Tensor kl, Tensor(a!) gamma2, Tensor(b!) skipped, "
+      "float kl_weight, bool logits, bool update, float decay, float floor) "
+      "-> (Tensor loss, Tensor sse, Tensor stats, Tensor gamma2_used)");
+  m.def(
+      "balanced_loss_backward(Tensor? grad_loss, Tensor? grad_sse, Tensor recon, Tensor target, Tensor gamma2_used, "
+      "float kl_weight, bool logits) -> (Tensor grad_recon, Tensor grad_kl)");
+  m.def(
+      "update_gamma2(Tensor(a!) gamma2, Tensor(b!) skipped, Tensor sse, Tensor count, float decay, float floor) "
+      "-> ()");
+  m.def("gather(Tensor data, Tensor index, Tensor? flip, ScalarType dtype) -> (Tensor x, Tensor rows)");
+}
+
+// One function serves both devices. It is registered for CUDA in a CPU-only build too, where it names the remedy.
+static void register_kernels(torch::stable::detail::StableLibrary& m) {
+  m.impl("sample_kl", TORCH_BOX(&bvae::sample_kl));
+  m.impl("sample_kl_backward", TORCH_BOX(&bvae::sample_kl_backward));
+  m.impl("philox_words", TORCH_BOX(&bvae::philox_words));
+  m.impl("philox_normal", TORCH_BOX(&bvae::philox_normal));
+  m.impl("balanced_loss", TORCH_BOX(&bvae::balanced_loss));
+  m.impl("balanced_loss_backward", TORCH_BOX(&bvae::balanced_loss_backward));
+  m.impl("update_gamma2", TORCH_BOX(&bvae::update_gamma2));
+  m.impl("gather", TORCH_BOX(&bvae::gather));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bvae, CPU, m) { register_kernels(m); }
+STABLE_TORCH_LIBRARY_IMPL(bvae, CUDA, m) { register_kernels(m); }
+
+static PyObject* cpu_capability(PyObject*, PyObject*) { return PyUnicode_FromString(bvae::cpu_loops().name); }
+
+static PyMethodDef methods[] = {
+    {"cpu_capability", cpu_capability, METH_NOARGS, "The instruction set of the CPU loops in use."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "Registers torch.ops.bvae.", -1, methods,
+                             nullptr, nullptr, nullptr, nullptr};
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

@@ -1,0 +1,30 @@
+// The raw operators behind bvae/ops.py; ops.cpp holds their schemas. Each runs on the CPU and on CUDA.
+#pragma once
+
+#include <tuple>
+
+#include "tensors.h"
+
+namespace bvae {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sample_kl(const Tensor& mu, const Tensor& log_sigma, Tensor rng,
+                                                     int64_t first_sample, bool advance);
+std::tuple<Tensor, Tensor> sample_kl_backward(const std::optional<Tensor>& grad_z,
+                                              const std::optional<Tensor>& grad_kl, const Tensor& mu,
+                                              const Tensor& log_sigma, const Tensor& state, int64_t first_sample);
+Tensor philox_words(const Tensor& rng, int64_t rows, int64_t k, int64_t first_sample);
+Tensor philox_normal(const Tensor& rng, int64_t rows, int64_t k, int64_t first_sample);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> balanced_loss(const Tensor& recon, const Tensor& target, const Tensor& kl,
+                                                         Tensor gamma2, Tensor skipped, double kl_weight, bool logits,
+                                                         bool update, double decay, double floor);
+std::tuple<Tensor, Tensor> balanced_loss_backward(const std::optional<Tensor>& grad_loss,
+                                                  const std::optional<Tensor>& grad_sse, const Tensor& recon,
+                                                  const Tensor& target, const Tensor& gamma2_used, double kl_weight,
+                                                  bool logits);
+void update_gamma2(Tensor gamma2, Tensor skipped, const Tensor& sse, const Tensor& count, double decay, double floor);
+
+std::tuple<Tensor, Tensor> gather(const Tensor& data, const Tensor& index, const std::optional<Tensor>& flip,
+                                  ScalarType dtype);
+
+}  // namespace bvae

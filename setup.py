@@ -1,0 +1,162 @@
+"""Builds bvae's extension: one `bvae._C` for CPU and CUDA on LibTorch's stable ABI, and `bvae._host`.
+
+Environment:
+    CUDA_HOME               the CUDA toolkit; otherwise /usr/local/cuda. An nvcc that is only on PATH is not used: it is
+                            often a distribution's, of another version than the toolkit beside it.
+    BVAE_CUDA=0             build without CUDA kernels even where nvcc is.
+    BVAE_CUDA_ARCHS=80;90   compute capabilities to compile for (default 80;90;100). The newest is also kept as PTX.
+    BVAE_REQUIRE_EXTENSION=1  fail instead of installing pure Python where there is no C++ compiler.
+    CXX                     the C++ compiler.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).parent
+CSRC = ROOT / "csrc"
+CXX_FLAGS = [
+    "-O3",
+    "-fvisibility=hidden",
+    # The polynomials in csrc/math.h fuse where they mean to; anything else would differ between instruction sets.
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+
+
+def say(text: str) -> None:
+    print(f"bvae: {text}", file=sys.stderr, flush=True)
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler's command, or None."""
+    for command in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if command and shutil.which(shlex.split(command)[0]):
+            return command
+    return None
+
+
+def find_nvcc() -> Path | None:
+    """The CUDA compiler, or None where there is none or BVAE_CUDA=0."""
+    if os.environ.get("BVAE_CUDA") == "0":
+        return None
+    for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
+        if home and (nvcc := Path(home, "bin", "nvcc")).is_file():
+            return nvcc
+    return None
+
+
+def architectures() -> list[str]:
+    """The compute capabilities to compile for, oldest first, such as ["80", "90"]."""
+    wanted = re.split(r"[;,\s]+", os.environ.get("BVAE_CUDA_ARCHS", "80;90;100").strip())
+    if not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in wanted):
+        raise SystemExit(f"bvae: BVAE_CUDA_ARCHS must look like 80;90, got {';'.join(wanted)!r}")
+    return sorted(wanted, key=lambda arch: int(re.sub(r"\D", "", arch)))
+
+
+def code_flags(archs: list[str]) -> list[str]:
+    """nvcc's flags for machine code of every architecture and PTX of the newest, for GPUs to come."""
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+def compile_cuda(nvcc: Path, folder: Path) -> list[str]:
+    """Compiles every .cu file into `folder`; returns the objects."""
+    folder.mkdir(parents=True, exist_ok=True)
+    headers = max(path.stat().st_mtime for pattern in ("*.h", "*.cuh") for path in CSRC.glob(pattern))
+    objects = []
+    for source in sorted(CSRC.glob("*.cu")):
+        target = folder / f"{source.name}.o"
+        command = [str(nvcc), *NVCC_FLAGS, *code_flags(architectures()), "-c", str(source), "-o", str(target)]
+        stamp = target.with_suffix(".command")
+        newest = max(headers, source.stat().st_mtime)
+        fresh = target.exists() and stamp.exists() and stamp.read_text() == shlex.join(command)
+        if not fresh or target.stat().st_mtime < newest:
+            say(shlex.join(command))
+            subprocess.run(command, check=True)
+            stamp.write_text(shlex.join(command))
+        objects.append(str(target))
+    return objects
+
+
+def configure() -> dict:
+    """What setup() needs to build the extension; nothing, with a word on why, where it cannot be built."""
+    reason = None
+    try:
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError:
+        reason = "torch is not installed in the build environment"
+    if reason is None and find_compiler() is None:
+        reason = "no C++ compiler was found"
+    if reason is not None:
+        if os.environ.get("BVAE_REQUIRE_EXTENSION") == "1":
+            raise SystemExit(f"bvae: {reason}, and BVAE_REQUIRE_EXTENSION=1 asks for the extension")
+        say(f"{reason}: installing pure Python, the ops will run as plain PyTorch (see bvae/reference.py)")
+        return {}
+
+    import pybind11
+
+    os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
+    nvcc = find_nvcc()
+    cuda_version = archs = ""
+    if nvcc is None:
+        say("no nvcc: building for the CPU only (set CUDA_HOME to the CUDA toolkit for CUDA kernels)")
+    else:
+        report = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
+        match = re.search(r"release ([\d.]+)", report)
+        cuda_version = match.group(1) if match else "unknown"
+        archs = ";".join(architectures())
+        say(f"CUDA {cuda_version} from {nvcc}, for compute capabilities {archs}")
+
+    class Build(BuildExtension):
+        """Compiles the CUDA kernels with nvcc first and hands their objects to the linker."""
+
+        def build_extensions(self):
+            if nvcc is not None:
+                objects = compile_cuda(nvcc, Path(self.build_temp, "cuda").absolute())
+                next(e for e in self.extensions if e.name == "bvae._C").extra_objects = objects
+            super().build_extensions()
+
+    defines = [("TORCH_TARGET_VERSION", "0x020b000000000000")]  # 2.11, the oldest torch that may load this
+    link = ["-Wl,--no-as-needed", "-ltorch"]  # else the weak CUDA stream symbol stays null on a CUDA torch
+    if nvcc is not None:
+        defines.append(("BVAE_WITH_CUDA", None))
+        libraries = next((p for p in (nvcc.parents[1] / "lib64", nvcc.parents[1] / "lib") if p.is_dir()), None)
+        link += [f"-L{libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    ops = CppExtension(
+        "bvae._C",
+        [str(path.relative_to(ROOT)) for path in sorted(CSRC.glob("*.cpp")) if path.name != "host.cpp"],
+        define_macros=defines,
+        extra_compile_args={"cxx": [*CXX_FLAGS, "-std=c++20"]},
+        extra_link_args=link,
+        py_limited_api=True,
+    )
+    flags = " ".join([*CXX_FLAGS, *(["|", "nvcc", *NVCC_FLAGS] if nvcc else [])])
+    host = Extension(
+        "bvae._host",
+        ["csrc/host.cpp"],
+        include_dirs=[pybind11.get_include()],
+        define_macros=[
+            ("BVAE_TORCH_VERSION", f'"{torch.__version__}"'),
+            ("BVAE_CUDA_VERSION", f'"{cuda_version}"'),
+            ("BVAE_ARCHITECTURES", f'"{archs}"'),
+            ("BVAE_FLAGS", f'"{flags}"'),
+        ],
+        extra_compile_args={"cxx": ["-O2", "-std=c++17", "-fvisibility=hidden"]},
+        language="c++",
+    )
+    return {"ext_modules": [ops, host], "cmdclass": {"build_ext": Build}}
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    setup(**configure())
