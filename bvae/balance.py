@@ -34,19 +34,36 @@ class Loss(NamedTuple):
 
 
 class GaussianVAELoss(nn.Module):
-    """What the three balances share: arguments, the KL and its weight. Use one of the subclasses.
+    """What the three balances share: arguments, the KL and its weight, gamma2 as state. Use one of the subclasses.
+
+    State: `gamma2`, float32 whatever the model is cast to, and `skipped`, the number of batches it did not follow.
 
     Args:
         kl_weight: weight of the KL, or "auto" for (2*side/k)^2, defined for square images [B,C,side,side].
         logits: whether the reconstruction is logits of an image in [0,1] (the sigmoid is then fused into the loss).
     """
 
-    def __init__(self, kl_weight: float | Literal["auto"] = 1.0, logits: bool = True) -> None:
+    gamma2: Tensor
+    skipped: Tensor
+
+    def __init__(self, gamma2: float, kl_weight: float | Literal["auto"], logits: bool) -> None:
         super().__init__()
         if kl_weight != "auto" and not 0 <= float(kl_weight) < math.inf:
             raise ValueError(f"kl_weight must be 'auto' or a number of at least 0, not {kl_weight!r}")
         self.kl_weight = kl_weight
         self.logits = logits
+        self.register_buffer("gamma2", torch.tensor(gamma2, dtype=torch.float32))
+        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():  # .half() and .bfloat16() move the state but do not round it
+            moved = self._buffers[name]
+            assert moved is not None
+            if moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
 
     def forward(
         self,
@@ -110,31 +127,6 @@ class GaussianVAELoss(nn.Module):
     def _loss(self, recon: Tensor, target: Tensor, kl: Tensor, kl_weight: float) -> Loss:
         raise NotImplementedError
 
-    def extra_repr(self) -> str:
-        return f"kl_weight={self.kl_weight}, logits={self.logits}"
-
-
-class _Gamma2State(GaussianVAELoss):
-    """A loss whose gamma2 is a buffer: float32 whatever the model is cast to."""
-
-    gamma2: Tensor
-    skipped: Tensor
-
-    def __init__(self, gamma2: float, kl_weight: float | Literal["auto"], logits: bool) -> None:
-        super().__init__(kl_weight, logits)
-        self.register_buffer("gamma2", torch.tensor(gamma2, dtype=torch.float32))
-        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
-
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
-        for name, buffer in kept.items():  # .half() and .bfloat16() move them but do not round them
-            moved = self._buffers[name]
-            assert moved is not None
-            if moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
-        return self
-
     def _fused(self, recon: Tensor, target: Tensor, kl: Tensor, kl_weight: float, update: bool) -> tuple[Loss, Tensor]:
         out = ops.balanced_loss(
             recon,
@@ -151,9 +143,12 @@ class _Gamma2State(GaussianVAELoss):
         mse, kl_mean, gamma2, nll = out.stats.unbind()
         return Loss(out.loss, nll, kl_mean, mse, gamma2), out.sse
 
+    def extra_repr(self) -> str:
+        return f"kl_weight={self.kl_weight}, logits={self.logits}"
 
-class BalancedLoss(_Gamma2State):
-    """The paper's loss: gamma2 is the running mse, which never grows (DESIGN: Asperti & Trentin 2020, section III).
+
+class BalancedLoss(GaussianVAELoss):
+    """The paper's loss: gamma2 is the running mse, which never grows (Asperti & Trentin 2020, section III).
 
     A training step uses the gamma2 from before it, as a constant, and then moves it:
 
@@ -200,7 +195,7 @@ class BalancedLoss(_Gamma2State):
         self.pending.zero_()
 
 
-class FixedGammaLoss(_Gamma2State):
+class FixedGammaLoss(GaussianVAELoss):
     """The same loss with a gamma that stays: give `gamma`, the decoder's standard deviation, or `beta`.
 
     `beta` weighs the KL against sse/2 (a beta-VAE with a unit-variance Gaussian decoder): up to a factor of the whole
@@ -225,7 +220,7 @@ class FixedGammaLoss(_Gamma2State):
         return self._fused(recon, target, kl, kl_weight, update=False)[0]
 
 
-class LearnedGammaLoss(_Gamma2State):
+class LearnedGammaLoss(GaussianVAELoss):
     """Dai & Wipf (2019): log gamma is a trained scalar from 0. Give `parameters()` of this module to the optimiser."""
 
     def __init__(self, kl_weight: float | Literal["auto"] = 1.0, logits: bool = True) -> None:

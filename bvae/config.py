@@ -35,6 +35,8 @@ class Config:
     """1 (grey) or 3 (RGB)."""
     jpeg_roundtrip: bool = False
     """Pass every image through JPEG (quality 75, 4:2:0) first, as both reference implementations do for CIFAR-10."""
+    data_seed: int = 0
+    """Fixes the generated `shapes`, and which images are held out where a source has no test split."""
     hflip: bool = False
     """Mirror each training image with probability 1/2."""
     shapes_train: int = 20_000
@@ -143,8 +145,11 @@ class Config:
         need(self.scales <= most, f"--scales {self.scales} does not fit a side of {self.side}: at most {most}")
         need(self.max_steps is None or self.max_steps >= 1, f"--max-steps must be at least 1, not {self.max_steps}")
         need(self.checkpoint_seconds >= 0, "--checkpoint-seconds must not be negative")
-        need(0 <= self.seed < 2**63, f"--seed must be between 0 and 2^63-1, not {self.seed}")
-        need(bool(self.l2) == bool(self.l2_on), "--l2 and --l2-on go together: name a weight and the kernels it acts on")
+        for name in ("seed", "data_seed"):
+            need(0 <= getattr(self, name) < 2**63, f"--{_flag(name)} must be between 0 and 2^63-1")
+        need(
+            bool(self.l2) == bool(self.l2_on), "--l2 and --l2-on go together: name a weight and the kernels it acts on"
+        )
         if self.kl_weight != "auto":
             weight = float(self.kl_weight)
             need(0 <= weight < math.inf, f"--kl-weight must be auto or a number of at least 0, not {weight}")
@@ -175,7 +180,10 @@ class Config:
     def changed_definition(self, other: Config) -> list[str]:
         """Names of the run-defining settings in which the two differ."""
         fields = [f.name for f in dataclasses.fields(self) if not f.metadata.get("free")]
-        return [name for name in fields if getattr(self, name) != getattr(other, name)]
+        changed = [name for name in fields if getattr(self, name) != getattr(other, name)]
+        if bool(self.epochs2) != bool(other.epochs2):
+            changed.append("epochs2")  # how many may change, whether there is a second stage may not
+        return changed
 
 
 def _flag(name: str) -> str:

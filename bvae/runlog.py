@@ -24,50 +24,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from bvae.errors import UserError
+from bvae.files import write_atomically, writing
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 SHOWN = ("loss", "mse", "kl", "gamma2")  # what the display shows of an epoch, in this order
 REFRESH_SECONDS = 0.25
 HISTOGRAM_BUCKETS = 32
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn an OSError inside the block into a UserError that names `path` and the reason."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that the file holds all of it or what it held before, whatever happens on the way.
-
-    The bytes go to ``<name>.tmp`` beside the file, are forced to the disk and renamed over it. One process writes a
-    given file at a time; a temporary left by a killed one is overwritten by the next. Raises UserError where the
-    folder or the disk does not allow it.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with _writing(path):
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-    # Without this a power cut may undo the rename, and with it the order in which files were replaced. Some network
-    # file systems refuse it; the file is whole all the same.
-    with contextlib.suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _encodable(value: Any) -> Any:
@@ -148,7 +111,7 @@ class _EventFile:
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         self._histogram = summary_pb2.HistogramProto
         self._folder = folder
-        with _writing(folder):
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             stamps = [re.match(r"events\.out\.tfevents\.(\d+)", path.name) for path in folder.iterdir()]
             # TensorBoard reads the files of a folder in the order of their names.
@@ -162,7 +125,7 @@ class _EventFile:
         self.flush()
 
     def _write(self, **fields: Any) -> None:
-        with _writing(self._folder):
+        with writing(self._folder):
             self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
 
     def values(self, values: Mapping[str, Any], step: int) -> None:
@@ -200,11 +163,11 @@ class _EventFile:
         self._write(step=step, summary=self._summary(value=[self._summary.Value(tag=tag, image=image)]))
 
     def flush(self) -> None:
-        with _writing(self._folder):
+        with writing(self._folder):
             self._file.flush()
 
     def close(self) -> None:
-        with _writing(self._folder):
+        with writing(self._folder):
             self._file.close()
 
 
@@ -260,11 +223,11 @@ class RunLog:
         if folder is None:
             return
         path = folder / METRICS
-        with _writing(folder):
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         if resume_after is not None and path.exists():
             self._cut_back(path, resume_after)
-        with _writing(path):
+        with writing(path):
             # Unbuffered: a line is in the file or the call fails, with nothing left over for close() to write.
             self._metrics = io.FileIO(path, "x" if resume_after is None else "a")
         for stage in (1, 2):
@@ -315,7 +278,7 @@ class RunLog:
     def _append(self, line: bytes) -> None:
         assert self._folder is not None
         end = os.fstat(self._metrics.fileno()).st_size
-        with _writing(self._folder / METRICS):
+        with writing(self._folder / METRICS):
             try:
                 rest = memoryview(line)
                 while rest:
@@ -369,7 +332,7 @@ class RunLog:
             self._task = self._bar.add_task(
                 "", total=self._total, completed=first_step, stage=stage, epoch=self._current_epoch(), epochs=epochs
             )
-            with _writing(Path("standard output")):
+            with writing(Path("standard output")):
                 self._bar.start()
             self._refresh()
         else:
@@ -421,7 +384,7 @@ class RunLog:
         if images_per_s:
             numbers += f"  {images_per_s:,.0f} images/s"
         self._bar.numbers = numbers.strip()
-        with _writing(Path("standard output")):
+        with writing(Path("standard output")):
             self._bar.update(self._task, completed=self._done, epoch=self._current_epoch())
             self._bar.refresh()
 
@@ -444,12 +407,12 @@ class RunLog:
 
     def _say(self, line: str) -> None:
         assert self._console is not None
-        with _writing(Path("standard output")):
+        with writing(Path("standard output")):
             self._console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def _stop_bar(self) -> None:
         if self._bar is not None:
             bar, self._bar = self._bar, None
-            with _writing(Path("standard output")):
+            with writing(Path("standard output")):
                 bar.update(self._task, completed=self._done)
                 bar.stop()

@@ -12,7 +12,8 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bvae.errors import UserError
-from bvae.runlog import RunLog, read_metrics, write_atomically
+from bvae.files import write_atomically
+from bvae.runlog import RunLog, read_metrics
 
 
 def record(stage, epoch, loss=1.0, **more):

@@ -72,7 +72,7 @@ def load(
     if side < 1:
         raise UserError(f"--side must be positive, got {side}")
     if seed < 0:
-        raise UserError(f"--seed must not be negative, got {seed}")
+        raise UserError(f"--data-seed must not be negative, got {seed}")
 
     factors = None
     if path is None or str(path) == "shapes":

@@ -1,5 +1,7 @@
 """The second stage's networks: a dense VAE over the first stage's latents (Dai & Wipf 2019, section 4)."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ class _DenseTrunk(nn.Module):
     def __init__(self, inputs: int, hidden: int, depth: int) -> None:
         super().__init__()
         widths = [inputs] + [hidden] * depth
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         h = x

@@ -2,7 +2,7 @@
 
 The running statistics start at zero and every step mixes in the batch's with weight 1 - decay; what is used is the
 accumulator divided by the weight it has gathered, so that step t counts (1-d)/(1-d^t): no bias towards a made-up
-start (DESIGN of Dai & Wipf's and Asperti & Trentin's code: tf.contrib.layers.batch_norm, decay 0.999).
+start (as in Dai & Wipf's and Asperti & Trentin's code: tf.contrib.layers.batch_norm, decay 0.999).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -54,6 +54,26 @@ def batch_norms(model: nn.Module) -> Iterator[BatchNorm2d]:
     return (m for m in model.modules() if isinstance(m, BatchNorm2d))
 
 
+def flatten_statistics(model: nn.Module) -> Tensor:
+    """Moves all running statistics of `model` into one float32 vector, which the buffers then share; returns it.
+
+    Call it once the model is on its device (moving it again parts them): all of them can then be kept and put back in
+    one operation.
+    """
+    buffers = [(n, name) for n in batch_norms(model) for name in ("running_mean", "running_var", "running_weight")]
+    if not buffers:
+        return next(model.parameters()).new_zeros(0)
+    flat = torch.cat([getattr(n, name).reshape(-1) for n, name in buffers])
+    first = 0
+    for n, name in buffers:
+        shape = getattr(n, name).shape
+        last = first + shape.numel()
+        # Not a view: views share one version counter, and autograd would take one layer's update for another's.
+        setattr(n, name, flat.new_empty(0).set_(flat.untyped_storage(), first, shape))
+        first = last
+    return flat
+
+
 @contextmanager
 def _cumulative(norms: list[BatchNorm2d]) -> Iterator[Callable[[int], None]]:
     """Lets the statistics be plain means over the batches seen: batch t is mixed in with weight 1/t."""
@@ -84,7 +104,7 @@ def recompute_statistics(model: nn.Module, batches: Iterable[Tensor], forward: C
         return count
     model.train()
     with _cumulative(norms) as begin:
-        for count, x in enumerate(batches, start=1):  # noqa: B007 (the count is the result)
+        for count, x in enumerate(batches, start=1):
             begin(count)  # weight 1 at the first batch forgets what was there
             forward(x)
     model.train(was_training)

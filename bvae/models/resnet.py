@@ -1,6 +1,7 @@
 """The first stage's networks: the ResNet of Dai & Wipf (2019) that Asperti & Trentin (2020, Fig. 1) use."""
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +98,7 @@ class ResNetDecoder(nn.Module):
         self.fc = nn.Linear(latents, 4 * widths[0])
         self.upsample = nn.ModuleList()
         self.scales = nn.ModuleList()
-        for wide, narrow in zip(widths, widths[1:], strict=False):
+        for wide, narrow in pairwise(widths):
             self.upsample.append(nn.ConvTranspose2d(wide, narrow, 3, stride=2, padding=1, output_padding=1))
             self.scales.append(scale_block(narrow, blocks))
         self.conv = nn.Conv2d(widths[-1], channels, 3, padding=1)

@@ -1,0 +1,44 @@
+"""Writing files so that they are whole or not there."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from bvae.errors import UserError
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError inside the block into a UserError that names `path` and the reason."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes `data` to `path` so that the file holds all of it or what it held before, whatever happens on the way.
+
+    The bytes go to `<name>.tmp` beside the file, are forced to the disk and renamed over it. One process writes a
+    given file at a time; a temporary left by a killed one is overwritten by the next. Raises UserError where the
+    folder or the disk does not allow it.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        # Without this a power cut may undo the rename, and with it the order in which files were replaced.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -1,0 +1,59 @@
+"""What a posterior over a data set says of its latents: the variance law, inactive latents, and what each encodes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+INACTIVE = 0.8  # the paper's threshold on E[sigma^2], footnote 3
+
+
+def latent_variances(mu: Tensor, log_sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """(Var_x(mu_j), E_x[sigma_j^2]), each [k] float64, of a posterior mu, log_sigma [N,k]; Var is the population's."""
+    return mu.double().var(0, correction=0), (2 * log_sigma.double()).exp().mean(0)
+
+
+def variance_law(var_mu: Tensor, sigma2: Tensor) -> Tensor:
+    """mean_j of Var_x(mu_j) + E_x[sigma_j^2], which should be 1 (eq. 7)."""
+    return (var_mu + sigma2).mean()
+
+
+def inactive(sigma2: Tensor) -> Tensor:
+    """Which latents [k] carry nothing: E_x[sigma_j^2] >= 0.8."""
+    return sigma2 >= INACTIVE
+
+
+def factor_correlation(mu: np.ndarray, factors: np.ndarray, types: Sequence[float | str]) -> np.ndarray:
+    """Absolute correlation of each latent with each factor.
+
+    Args:
+        mu: posterior means [N,k].
+        factors: true factors [N,F].
+        types: of each factor "linear"; "categorical", where the figure is the correlation ratio (the multiple
+            correlation with the categories' indicators, whose order then means nothing); or, of a circular one, its
+            period: the multiple correlation with cosine and sine, which does not depend on where the circle is cut.
+
+    Returns:
+        [k,F] in [0,1]; 0 where a latent or factor does not vary.
+    """
+
+    def standardised(columns: np.ndarray) -> np.ndarray:
+        centred = columns - columns.mean(0)
+        norm = np.sqrt((centred**2).sum(0))
+        return np.divide(centred, norm, out=np.zeros_like(centred), where=norm > 1e-12 * np.sqrt(len(columns)))
+
+    latent = standardised(np.asarray(mu, np.float64))
+    result = np.zeros((latent.shape[1], factors.shape[1]))
+    for f, kind in enumerate(types):
+        column = np.asarray(factors[:, f], np.float64)
+        if kind == "linear":
+            columns = column[:, None]
+        elif kind == "categorical":
+            columns = (column[:, None] == np.unique(column)).astype(np.float64)
+        else:
+            angle = 2 * np.pi * column / float(kind)
+            columns = np.stack([np.cos(angle), np.sin(angle)], 1)
+        # The multiple correlation is the length of the projection onto the columns' span.
+        u, s, _ = np.linalg.svd(standardised(columns), full_matrices=False)
+        result[:, f] = np.sqrt(np.clip(((latent.T @ u[:, s > 1e-9]) ** 2).sum(1), 0, 1))
+    return result

@@ -1,0 +1,122 @@
+"""One optimiser step of a VAE, the same for both stages; nothing in it waits for the device."""
+
+import torch
+from torch import Tensor
+
+from bvae import ops
+from bvae.balance import GaussianVAELoss, Loss
+from bvae.checkpoint import prefixed, under
+from bvae.models.norm import flatten_statistics
+from bvae.models.vae import VAE
+
+ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
+
+
+def vae_loss(
+    model: VAE, loss: GaussianVAELoss, x: Tensor, target: Tensor, rng: Tensor, amp: bool
+) -> tuple[Loss, Tensor]:
+    """The loss of a batch, and the moments [4,k] of its posterior (see ops.sample_kl)."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+        mu, log_sigma = model.encoder(x)
+        z, kl, moments = ops.sample_kl(mu, log_sigma, rng)
+        recon = model.decoder(z)
+    return loss(recon, target, kl=kl, latents=mu.shape[1]), moments
+
+
+class Sums:
+    """What is gathered over the steps since the last reset: on the device, read only when asked."""
+
+    NAMES = ("loss", "nll", "kl", "mse", "balance")
+
+    def __init__(self, latents: int, device: torch.device) -> None:
+        self.parts = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+        self.moments = torch.zeros(4, latents, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(2, dtype=torch.float64, device=device)  # good steps, steps that changed nothing
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"parts": self.parts, "moments": self.moments, "counts": self.counts}
+
+    def add(self, loss: Loss, moments: Tensor, good: Tensor) -> None:
+        # sse/(2 gamma2 D) per image, which the computed gamma keeps near 1/2.
+        balance = loss.mse / (2 * loss.gamma2)
+        values = torch.stack([loss.loss.detach().float(), loss.nll, loss.kl, loss.mse, balance])
+        self.parts += torch.where(good, values, 0.0)
+        self.moments += torch.where(good, moments, 0.0)
+        self.counts += torch.stack([good, ~good])
+
+    def reset(self) -> None:
+        for t in self.tensors().values():
+            t.zero_()
+
+
+class Step:
+    """Forward, backward and Adam on one batch. A step that is not finite changes nothing and is counted.
+
+    Args:
+        model: on its device, in the memory format it trains in.
+        loss: on the same device; parameters of its own are trained too.
+        l2: weight of the sum of squares of `l2_kernels`, added to the loss.
+    """
+
+    def __init__(
+        self,
+        model: VAE,
+        loss: GaussianVAELoss,
+        rng: Tensor,
+        latents: int,
+        amp: bool,
+        l2: float,
+        l2_kernels: list[Tensor],
+    ) -> None:
+        self.model = model
+        self.loss = loss
+        self.rng = rng
+        self.amp = amp
+        self.l2 = l2
+        self.l2_kernels = l2_kernels
+        self.parameters = [*model.parameters(), *loss.parameters()]
+        self.optimizer = torch.optim.Adam(self.parameters, fused=True, **ADAM)  # type: ignore[arg-type]
+        self.statistics = flatten_statistics(model)
+        self.sums = Sums(latents, rng.device)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def __call__(self, x: Tensor, target: Tensor) -> None:
+        before = [(t, t.clone()) for t in (self.statistics, self.loss.gamma2)]
+        loss, moments = vae_loss(self.model, self.loss, x, target, self.rng, self.amp)
+        total = loss.loss
+        if self.l2_kernels:
+            total = total + self.l2 * torch.stack([w.square().sum() for w in self.l2_kernels]).sum()
+        self.optimizer.zero_grad()
+        total.backward()
+
+        # An infinite or NaN gradient makes the norm so: the whole step is then undone, on the device.
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        good = norm.isfinite() & total.detach().isfinite()
+        self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined] (what GradScaler sets)
+        self.optimizer.step()
+        for tensor, value in before:
+            tensor.copy_(torch.where(good, tensor, value))
+        self.sums.add(loss, moments, good)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state beside the model: optimiser, loss, noise and sums; fixed names, whatever the step."""
+        state = {"rng": self.rng, **prefixed(self.sums.tensors(), "sums"), **prefixed(self.loss.state_dict(), "loss")}
+        for i, p in enumerate(self.parameters):
+            for name, t in self.optimizer.state[p].items():
+                state[f"adam.{i}.{name}"] = t
+        return state
+
+    def load_tensors(self, state: dict[str, Tensor]) -> None:
+        """Takes over what tensors() gave."""
+        self.rng.copy_(state["rng"])
+        self.loss.load_state_dict(under(state, "loss"))
+        for name, t in self.sums.tensors().items():
+            t.copy_(state[f"sums.{name}"])
+        for i, p in enumerate(self.parameters):
+            moments = under(state, f"adam.{i}")
+            if moments:
+                like = {n: t if n == "step" else torch.empty_like(p).copy_(t) for n, t in moments.items()}
+                self.optimizer.state[p] = like

@@ -1,0 +1,146 @@
+"""python -m bvae.train: trains a two-stage VAE, or goes on with an interrupted run.
+
+With no argument it trains the `shapes` preset, a small generated data set, on whatever device there is.
+"""
+
+import argparse
+import dataclasses
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from bvae.checkpoint import LAST
+from bvae.config import PRESETS, Config, dump_json, find_preset
+from bvae.data import Dataset, load
+from bvae.errors import UserError, run_command
+from bvae.models.vae import count_parameters, first_stage, second_stage
+from bvae.trainer import Interrupted, Trainer
+from bvae.two_stage import read_config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments(Config):
+    """Train a two-stage VAE whose balance nobody has to tune.
+
+    With no argument: the `shapes` preset, made on the spot, on whatever device there is. Every setting of a preset
+    can be overridden; what they are after that is printed by --dry-run.
+    """
+
+    out: Path | None = None
+    """Folder of the run, which must not exist yet; runs/<preset>-<time> by default."""
+    resume: Path | None = None
+    """Go on with the run in this folder; --epochs, --epochs2, --max-steps, --device, --data and logging may change."""
+    dry_run: bool = False
+    """Print the resolved configuration and the parameter counts as JSON, and train nothing."""
+
+
+def parse(argv: list[str]) -> tuple[Config, Arguments]:
+    """(the configuration, all arguments). Defaults come from --preset, or with --resume from that run."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--preset")
+    early.add_argument("--resume", type=Path)
+    try:
+        chosen, _ = early.parse_known_args(argv)
+    except argparse.ArgumentError:
+        chosen = argparse.Namespace(preset=None, resume=None)  # tyro names the mistake below
+    base = read_config(chosen.resume) if chosen.resume is not None else find_preset(chosen.preset or "shapes")
+    arguments = tyro.cli(
+        Arguments,
+        default=Arguments(**base.to_dict()),
+        args=argv,
+        prog="python -m bvae.train",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    names = [f.name for f in dataclasses.fields(Config)]
+    config = Config(**{name: getattr(arguments, name) for name in names}).validate()
+    if arguments.resume is not None and arguments.out is not None:
+        raise UserError("--out and --resume contradict each other: a resumed run stays in its folder")
+    if config.preset not in PRESETS:
+        raise UserError(f"--preset {config.preset}: there is no such preset; choose from {', '.join(PRESETS)}")
+    return config, arguments
+
+
+def load_data(config: Config) -> Dataset:
+    """The images that --data names. Raises UserError."""
+    if config.data is None:
+        raise UserError(f"--preset {config.preset} needs --data: a folder, .npy/.npz, CIFAR-10's files, or `shapes`")
+    return load(
+        config.data,
+        side=config.side,
+        channels=config.channels,
+        jpeg_roundtrip=config.jpeg_roundtrip,
+        seed=config.data_seed,
+        num_train=config.shapes_train,
+        num_test=config.shapes_test,
+    )
+
+
+def dry_run(config: Config) -> None:
+    counts = {"stage1": count_parameters(first_stage(config)), "stage2": 0}
+    if config.epochs2:
+        counts["stage2"] = count_parameters(second_stage(config))
+    resolved: dict[str, Any] = {**config.to_dict(), "kl_weight": config.resolved_kl_weight(), "parameters": counts}
+    print(dump_json(resolved), end="")
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The final figures as a few lines to read."""
+    lines = []
+    for number in (1, 2):
+        r = results.get(f"stage{number}")
+        if r:
+            lines.append(
+                f"stage {number}: test mse {r['mse_sampled']:.5f} (sampled) {r['mse_mean']:.5f} (mean), "
+                f"KL {r['kl']:.2f} nats, gamma {r['gamma']:.4f}, variance law {r['variance_law']:.3f} (should be 1), "
+                f"{r['active']} active and {r['inactive']} inactive latents"
+            )
+    if "factors" in results:
+        f = results["factors"]
+        lines.append(f"truth: {f['true']} factors ({', '.join(f['names'])}); {f['active']} latents are active")
+        best = [max(range(len(f["correlation"])), key=lambda j: f["correlation"][j][i]) for i in range(f["true"])]
+        pairs = [
+            f"{name} {f['correlation'][j][i]:.2f} (z{j})"
+            for i, (name, j) in enumerate(zip(f["names"], best, strict=True))
+        ]
+        lines.append("       largest correlation with a latent: " + ", ".join(pairs))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    config, arguments = parse(sys.argv[1:] if argv is None else argv)
+    if arguments.dry_run:
+        dry_run(config)
+        return 0
+    if arguments.resume is None:
+        folder = arguments.out or Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if folder.exists():
+            raise UserError(f"{folder}: exists already; choose another --out, or go on with --resume {folder}")
+    else:
+        folder = arguments.resume
+        if not (folder / LAST).exists():
+            raise UserError(f"{folder}: has no checkpoint to resume from ({LAST})")
+    trainer = Trainer(config, load_data(config), folder, resume=arguments.resume is not None)
+    print(f"{config.preset}: {len(trainer.data.train)} images on {trainer.device}, into {folder}", flush=True)
+
+    def stop(number: int, _: Any) -> None:
+        trainer.stop = number
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    try:
+        results = trainer.run()
+    except Interrupted as interrupted:
+        print(f"{interrupted}; go on with: python -m bvae.train --resume {folder}", file=sys.stderr)
+        return 128 + interrupted.signal
+    print(summary(results))
+    print(f"pictures, results.json and the model: {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

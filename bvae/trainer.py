@@ -1,0 +1,422 @@
+"""The trainer: one loop for both stages, its checkpoints, and what is measured and drawn at the end."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bvae import figures, ops
+from bvae.balance import GaussianVAELoss, make_loss
+from bvae.batches import Batches, ImageBatches, LatentBatches, to_device
+from bvae.checkpoint import BEST, LAST, load_checkpoint, prefixed, save_checkpoint, under
+from bvae.config import Config, dump_json
+from bvae.data import Dataset
+from bvae.data.shapes import FACTOR_TYPES
+from bvae.errors import UserError
+from bvae.evaluate import Scores, encode_images, score_images, score_latents
+from bvae.files import write_atomically, writing
+from bvae.machine import describe_device, pick_device, versions
+from bvae.metrics.latent import factor_correlation, inactive
+from bvae.models.norm import recompute_statistics
+from bvae.models.vae import VAE, l2_kernels
+from bvae.runlog import RunLog, read_metrics
+from bvae.seeds import derive
+from bvae.step import Step
+from bvae.two_stage import CONFIG, TwoStageVAE, to_uint8
+
+RESULTS = "results.json"
+MANY_BAD_STEPS = 10  # from so many on, and half of all since the last epoch, a run is given up
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; its state has been saved."""
+
+    def __init__(self, signal: int, text: str) -> None:
+        super().__init__(text)
+        self.signal = signal
+
+
+@dataclass
+class Stage:
+    """What the loop needs to know of a stage."""
+
+    number: int
+    model: VAE
+    batches: Batches
+    step: Step
+    epochs: int
+    lr: float
+    lr_halve: int
+    total: int
+    """steps it will have"""
+    score: Callable[[], Scores]
+    """on some of the test set"""
+    done: int = 0
+    """steps it has had"""
+    seconds: float = 0.0
+    """spent in them"""
+
+    @property
+    def finished_epochs(self) -> int:
+        return self.done // self.batches.steps
+
+
+class Trainer:
+    """Trains both stages of a TwoStageVAE into a run folder.
+
+    Args:
+        config: validated.
+        data: the images.
+        folder: the run's folder: new, or with `resume` one that Trainer made.
+        resume: go on from the folder's last checkpoint.
+        quiet: show no progress.
+
+    Raises UserError for data that cannot be trained on, for a folder that cannot be used, and for a checkpoint that
+    is damaged or of another run; before anything is written.
+    """
+
+    def __init__(self, config: Config, data: Dataset, folder: Path, resume: bool = False, quiet: bool = False) -> None:
+        self.config = config
+        self.data = data
+        self.folder = folder
+        self.device = pick_device(config.device)
+        self.stop: int | None = None  # set to a signal's number to end the run after the step under way
+        if len(data.train) < config.batch:
+            raise UserError(
+                f"{data.name}: {len(data.train)} training images are fewer than one batch of {config.batch}: "
+                "lower --batch"
+            )
+        state = load_checkpoint(folder / LAST) if resume else None
+        if state is not None:
+            self._check_same_run(state[1])
+        elif folder.exists():
+            raise UserError(f"{folder}: exists already; choose another --out, or go on with --resume {folder}")
+
+        torch.manual_seed(derive(config.seed, "weights"))
+        self.model = TwoStageVAE(config).to(self.device, memory_format=torch.channels_last)
+        self.train_images = to_device(data.train, self.device)
+        self.test_images = to_device(data.test, self.device)
+        self.results: dict[str, Any] = {}
+        self.best = math.inf
+        self.best_model: dict[str, Tensor] | None = None
+        self.saved_at = time.monotonic()
+        self.quiet = quiet
+
+        if state is None:
+            with writing(folder):
+                (folder / "checkpoints").mkdir(parents=True)
+            self.stage = self._first_stage()
+            self._write_config()
+            self.save()
+        else:
+            self._restore(*state)
+        finished = {1: self.stage.finished_epochs}
+        if self.stage.number == 2:
+            finished = {1: 10**9, 2: self.stage.finished_epochs}
+        self.log = RunLog(folder, resume_after=finished if resume else None, quiet=quiet)
+
+    # ---- the run ----------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Trains what is left of both stages; returns what results.json then holds."""
+        with self.log:
+            if self.stage.number == 1:
+                self.train(self.stage)
+                self._finish_first_stage()
+                if self.config.epochs2:
+                    self.stage = self._second_stage()
+                    self.best = math.inf
+                    self.save()
+            if self.stage.number == 2:
+                self.train(self.stage)
+                self._finish_second_stage()
+            self.save()
+            self._draw()
+        self.model.save_weights(self.folder)
+        write_atomically(self.folder / RESULTS, dump_json(self.results).encode())
+        return self.results
+
+    def train(self, stage: Stage) -> None:
+        """The loop, for either stage. The host looks at the device at log points, checkpoints and epoch ends only."""
+        steps = stage.batches.steps
+        self.log.start(stage.number, stage.epochs, steps, stage.done, images_per_step=stage.batches.batch)
+        while stage.done < stage.total:
+            epoch, first = divmod(stage.done, steps)
+            stage.model.train()
+            stage.step.loss.train()
+            stage.step.set_lr(stage.lr * 0.5 ** (epoch // stage.lr_halve))
+            started = time.monotonic()
+            for x, target in itertools.islice(stage.batches.epoch(epoch, first), stage.total - stage.done):
+                stage.step(x, target)
+                stage.done += 1
+                if stage.done % self.config.log_every == 0:
+                    self.log.step(self.config.log_every, self._look(stage))
+                due = time.monotonic() - self.saved_at > self.config.checkpoint_seconds
+                if due or self.stop is not None:
+                    stage.seconds, started = stage.seconds + time.monotonic() - started, time.monotonic()
+                    self.save()
+                    if self.stop is not None:
+                        raise Interrupted(self.stop, f"stopped in stage {stage.number} after step {stage.done}")
+            self._look(stage)  # waits for the device, so that the clock counts its work
+            stage.seconds += time.monotonic() - started
+            if stage.done % steps == 0:
+                self._end_epoch(stage, epoch + 1)
+                stage.step.sums.reset()
+        if stage.done % steps:  # --max-steps ended the stage in mid-epoch; its sums stay, for a resume with more steps
+            self._end_epoch(stage, stage.done // steps + 1)
+
+    def _look(self, stage: Stage) -> dict[str, float]:
+        """Means since the epoch's start; ends the run where too many steps were not finite."""
+        sums = stage.step.sums
+        good, bad = sums.counts.tolist()
+        if bad >= max(MANY_BAD_STEPS, good):
+            self.save()
+            raise UserError(
+                f"stage {stage.number}, step {stage.done}: {bad:.0f} of the last {good + bad:.0f} steps had a loss or "
+                f"gradient that was not finite and were undone; the last good state is in {self.folder / LAST} "
+                "(a lower --lr, or no --amp, may help)"
+            )
+        means = dict(zip(sums.NAMES, (sums.parts / max(good, 1)).tolist(), strict=True))
+        return {**means, "gamma2": stage.step.loss.gamma2.item()}
+
+    def _end_epoch(self, stage: Stage, epoch: int) -> None:
+        """Writes the epoch's line, measures the test loss when it is due and keeps the best model."""
+        sums = stage.step.sums
+        means = self._look(stage)
+        good, bad = sums.counts.tolist()
+        moments = (sums.moments / max(good * stage.batches.batch, 1)).cpu()
+        record: dict[str, Any] = {
+            "stage": stage.number,
+            "epoch": epoch,
+            "step": stage.done,
+            **means,
+            "lr": stage.step.optimizer.param_groups[0]["lr"],
+            "skipped": int(bad),
+            "images_per_s": stage.done * stage.batches.batch / max(stage.seconds, 1e-9),
+            "seconds": stage.seconds,
+            "latent_var_mu": (moments[1] - moments[0] ** 2).tolist(),
+            "latent_sigma2": moments[2].tolist(),
+            "latent_kl": moments[3].tolist(),
+        }
+        every = self.config.eval_every
+        if every and (epoch % every == 0 or stage.done == stage.total):
+            scores = stage.score().figures
+            record |= {"test_mse": scores["mse_sampled"], "test_kl": scores["kl"]}
+            record |= {name: scores[name] for name in ("variance_law", "inactive")}
+            # The negative ELBO up to constants, at the gamma of this moment's own test error: comparable over epochs.
+            elements = math.prod(self.data.test.shape[1:]) if stage.number == 1 else self.config.latents
+            bound = elements / 2 * math.log(max(scores["mse_sampled"], 1e-12)) + scores["kl"]
+            if bound < self.best:
+                self.best = bound
+                self.best_model = {name: t.clone() for name, t in self.model.state_dict().items()}
+        self.log.epoch(record)
+
+    # ---- the stages -------------------------------------------------------------------------------------------
+
+    def _loss(self, kl_weight: float, logits: bool) -> GaussianVAELoss:
+        c = self.config
+        return make_loss(c.balance, kl_weight=kl_weight, logits=logits, gamma=c.resolved_gamma()).to(self.device)
+
+    def _step(self, number: int, model: VAE, loss: GaussianVAELoss, l2: float, kernels: list[Tensor]) -> Step:
+        rng = ops.make_rng(derive(self.config.seed, "noise", number), self.device)
+        return Step(model, loss, rng, self.config.latents, self.config.amp, l2, kernels)
+
+    def _total(self, epochs: int, batches: Batches) -> int:
+        return min(epochs * batches.steps, self.config.max_steps or epochs * batches.steps)
+
+    def _first_stage(self) -> Stage:
+        c, model = self.config, self.model.stage1
+        batches = ImageBatches(
+            self.train_images,
+            c.batch,
+            derive(c.seed, "batches", 1),
+            torch.bfloat16 if c.amp else torch.float32,
+            c.hflip,
+        )
+        loss = self._loss(c.resolved_kl_weight(), logits=True)
+        step = self._step(1, model, loss, c.l2, l2_kernels(model, c.l2_on))
+        some = self.test_images[: c.eval_images]
+        total = self._total(c.epochs, batches)
+        return Stage(
+            1, model, batches, step, c.epochs, c.lr, c.lr_halve, total, lambda: score_images(model, some, c.seed)
+        )
+
+    def _second_stage(self) -> Stage:
+        """The second stage on the frozen first one's posterior over the training set."""
+        c, model = self.config, self.model.stage2
+        assert model is not None
+        self.model.stage1.requires_grad_(False)
+        self.posterior = encode_images(self.model.stage1, self.train_images)
+        batches = LatentBatches(*self.posterior, c.batch, derive(c.seed, "batches", 2))
+        step = self._step(2, model, self._loss(1.0, logits=False), 0.0, [])
+        some = encode_images(self.model.stage1, self.test_images[: c.eval_images])
+        total = self._total(c.epochs2, batches)
+        return Stage(
+            2, model, batches, step, c.epochs2, c.lr2, c.lr_halve2, total, lambda: score_latents(model, some, c.seed)
+        )
+
+    def _finish_first_stage(self) -> None:
+        """Recomputes the batch-norm statistics, then measures the stage on the whole test set."""
+        c, model = self.config, self.model.stage1
+        figures_ema = score_images(model, self.test_images, c.seed).figures
+        if c.bn == "recompute":
+            batches = self.stage.batches
+            epochs = (batches.epoch(-1 - i) for i in itertools.count())  # shuffles that training did not use
+            inputs = (x for x, _ in itertools.islice(itertools.chain.from_iterable(epochs), c.bn_batches))
+            rng = ops.make_rng(derive(c.seed, "recompute"), self.device)
+
+            def forward(x: Tensor) -> None:
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=c.amp):
+                    mu, log_sigma = model.encoder(x)
+                    model.decoder(ops.sample_kl(mu, log_sigma, rng).z)
+
+            recompute_statistics(model, inputs, forward)
+        scores = score_images(model, self.test_images, c.seed)
+        self.results["stage1"] = {
+            **scores.figures,
+            **self._gamma(self.stage),
+            "steps": self.stage.done,
+            "images_per_s": self.stage.done * c.batch / max(self.stage.seconds, 1e-9),
+            "bn": c.bn,
+            "mse_sampled_bn_ema": figures_ema["mse_sampled"],
+            "mse_mean_bn_ema": figures_ema["mse_mean"],
+        }
+        if self.data.factors is not None:
+            self.results["factors"] = self._factors(scores)
+
+    def _finish_second_stage(self) -> None:
+        c, stage = self.config, self.stage
+        test = encode_images(self.model.stage1, self.test_images)
+        self.results["stage2"] = {
+            **score_latents(stage.model, test, c.seed).figures,
+            **self._gamma(stage),
+            "steps": stage.done,
+            "latents_per_s": stage.done * c.batch / max(stage.seconds, 1e-9),
+        }
+        measured = self.model.measure_rescale(*self.posterior, seed=c.seed)
+        self.results["rescale"] = {**measured, "applied": self.model.rescales}
+
+    @staticmethod
+    def _gamma(stage: Stage) -> dict[str, float]:
+        loss = stage.step.loss
+        log_gamma = getattr(loss, "log_gamma", None)
+        gamma2 = loss.gamma2.item() if log_gamma is None else math.exp(2 * log_gamma.item())
+        return {"gamma2": gamma2, "gamma": math.sqrt(gamma2)}
+
+    def _factors(self, scores: Scores) -> dict[str, Any]:
+        factors = self.data.factors
+        assert factors is not None
+        mu = scores.posterior.mu.cpu().numpy()
+        sigma2 = (2 * scores.posterior.log_sigma.double()).exp().mean(0)
+        return {
+            "names": list(factors.names),
+            "true": len(factors.names),
+            "active": int((~inactive(sigma2)).sum()),
+            "active_latents": (~inactive(sigma2)).nonzero().flatten().tolist(),
+            "latent_kl": scores.latent_kl.tolist(),
+            "correlation": factor_correlation(mu, factors.test, FACTOR_TYPES).round(4).tolist(),
+        }
+
+    # ---- state on disk ----------------------------------------------------------------------------------------
+
+    def _write_config(self) -> None:
+        values = {
+            "model": "bvae",
+            "config": self.config.to_dict(),
+            "data": {
+                "name": self.data.name,
+                "path": self.config.data,
+                "digest": self.data.digest,
+                "train": len(self.data.train),
+                "test": len(self.data.test),
+            },
+            "versions": versions(),
+            "device": describe_device(self.device),
+        }
+        write_atomically(self.folder / CONFIG, dump_json(values).encode())
+
+    def save(self) -> None:
+        """Writes the last checkpoint, and the best one where there is a new one."""
+        description = {
+            "stage": self.stage.number,
+            "step": self.stage.done,
+            "seconds": self.stage.seconds,
+            "config": self.config.to_dict(),
+            "data_digest": self.data.digest,
+            "best": self.best if math.isfinite(self.best) else None,
+            "results": self.results,
+            "versions": versions(),
+        }
+        if self.best_model is not None:
+            save_checkpoint(self.folder / BEST, prefixed(self.best_model, "model"), description)
+            self.best_model = None
+        tensors = {
+            **prefixed(self.model.state_dict(), "model"),
+            **prefixed(self.stage.step.tensors(), "step"),
+            **prefixed(self.stage.batches.state(), "batches"),
+        }
+        save_checkpoint(self.folder / LAST, tensors, description)
+        self.saved_at = time.monotonic()
+
+    def _check_same_run(self, description: dict[str, Any]) -> None:
+        path = self.folder / LAST
+        saved = Config.from_dict(description["config"], path)
+        changed = self.config.changed_definition(saved)
+        if changed:
+            name = changed[0]
+            raise UserError(
+                f"{self.folder}: cannot resume with --{name.replace('_', '-')} {getattr(self.config, name)}: the run "
+                f"has {getattr(saved, name)}, and that defines it; start a new run"
+            )
+        if description["data_digest"] != self.data.digest:
+            raise UserError(
+                f"{self.folder}: cannot resume: {self.data.name} is not the data the run was trained on "
+                f"({self.data.digest[:23]}... instead of {description['data_digest'][:23]}...)"
+            )
+
+    def _restore(self, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+        path = self.folder / LAST
+        self.model.load_tensors(under(tensors, "model"), path)
+        self.results = description["results"]
+        self.best = math.inf if description["best"] is None else description["best"]
+        self.stage = self._first_stage() if description["stage"] == 1 else self._second_stage()
+        stage = self.stage
+        stage.done, stage.seconds = description["step"], description["seconds"]
+        try:
+            stage.step.load_tensors({name: t.to(self.device) for name, t in under(tensors, "step").items()})
+            for name, t in stage.batches.state().items():
+                t.copy_(tensors[f"batches.{name}"])
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"{path}: its optimiser state does not fit the model ({error})") from error
+
+    # ---- pictures ---------------------------------------------------------------------------------------------
+
+    def _draw(self) -> None:
+        shown = min(48, len(self.data.test))
+        originals = self.data.test[:shown]
+        reconstructed = self.model.reconstruct(torch.from_numpy(originals).permute(0, 3, 1, 2))
+        pictures = {"reconstructions": figures.reconstruction_grid(originals, to_uint8(reconstructed))}
+        for number in (1, 2) if self.config.epochs2 else (1,):
+            samples = to_uint8(self.model.sample(100, number, self.config.seed))
+            pictures[f"samples-stage{number}"] = figures.image_grid(samples, 10)
+        for name, picture in pictures.items():
+            figures.save_png(self.folder / f"{name}.png", picture)
+            self.log.image(name, picture, self.stage.finished_epochs)
+        records = read_metrics(self.folder)
+        figures.curves(records, self.folder / "curves.png")
+        figures.latent_curves(records, self.folder / "latents.png")
+        if "factors" in self.results:
+            f = self.results["factors"]
+            active = np.zeros(self.config.latents, bool)
+            active[f["active_latents"]] = True
+            path = self.folder / "factors.png"
+            figures.factor_correlation(
+                np.array(f["correlation"]), f["names"], active, path, kl=np.array(f["latent_kl"])
+            )
