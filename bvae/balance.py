@@ -5,7 +5,8 @@ device: every result stays where the tensors are.
 """
 
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -55,7 +56,7 @@ class GaussianVAELoss(nn.Module):
         self.register_buffer("gamma2", torch.tensor(gamma2, dtype=torch.float32))
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
         for name, buffer in kept.items():  # .half() and .bfloat16() move the state but do not round it
@@ -227,7 +228,7 @@ class LearnedGammaLoss(GaussianVAELoss):
         super().__init__(1.0, kl_weight, logits)  # gamma2 = 1 makes the fused op's sse the plain one
         self.log_gamma = nn.Parameter(torch.zeros(()))
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         self.log_gamma.data = self.log_gamma.data.float()
         return self

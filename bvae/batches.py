@@ -4,7 +4,7 @@ Both kinds give batches as (network input, target of the loss); the order of an 
 device from the seed and the epoch's number, so that a run can go on from the middle of any epoch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from bvae import ops
 from bvae.errors import UserError
 from bvae.seeds import derive
+
+Prepare = Callable[[Tensor], tuple[Tensor, Tensor]]  # row numbers [B] int64 -> (input, target)
 
 
 def to_device(images: np.ndarray, device: torch.device) -> Tensor:
@@ -44,7 +46,7 @@ class Batches:
         for i in range(first, self.steps):
             yield prepare(order[i * self.batch : (i + 1) * self.batch])
 
-    def _prepare(self, epoch: int):  # type: ignore[no-untyped-def]
+    def _prepare(self, epoch: int) -> Prepare:
         raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:
@@ -68,7 +70,7 @@ class ImageBatches(Batches):
         self.dtype = dtype
         self.hflip = hflip
 
-    def _prepare(self, epoch: int):  # type: ignore[no-untyped-def]
+    def _prepare(self, epoch: int) -> Prepare:
         flips = None
         if self.hflip:
             draw = torch.randint(2, (self.count,), generator=self._generator("flip", epoch), device=self.device)
@@ -93,7 +95,7 @@ class LatentBatches(Batches):
         self.log_sigma = log_sigma
         self.rng = ops.make_rng(derive(seed, "posterior noise"), mu.device)
 
-    def _prepare(self, epoch: int):  # type: ignore[no-untyped-def]
+    def _prepare(self, epoch: int) -> Prepare:
         def prepare(index: Tensor) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
                 z = ops.sample_kl(self.mu[index], self.log_sigma[index], self.rng).z

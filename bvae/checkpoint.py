@@ -28,7 +28,7 @@ def _digest(tensors: Mapping[str, Tensor], description: str) -> str:
     for name in sorted(tensors):
         t = tensors[name]
         h.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
-        h.update(t.reshape(-1).view(torch.uint8).numpy())
+        h.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
     return h.hexdigest()
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from typeguard import TypeCheckError, check_type
+
 from bvae.errors import UserError
 
 Balance = Literal["computed", "learned", "fixed"]
@@ -171,11 +173,13 @@ class Config:
         unknown = sorted(set(values) - set(hints))
         if unknown:
             raise UserError(f"{source}: unknown setting {unknown[0]!r}: written by another version of bvae?")
-        try:
-            known = {name: tuple(v) if name == "l2_on" else v for name, v in values.items()}
-            return Config(**known).validate()
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{source}: not a valid configuration: {error}") from error
+        known: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        for name, value in known.items():
+            try:
+                check_type(value, hints[name])
+            except TypeCheckError as error:
+                raise UserError(f"{source}: setting {name!r} is {value!r}: {error}") from error
+        return Config(**known).validate()
 
     def changed_definition(self, other: Config) -> list[str]:
         """Names of the run-defining settings in which the two differ."""

@@ -1,90 +1,48 @@
-"""What a model does on images it was not trained on: reconstruction error, KL, variance law, inactive latents.
+"""python -m bvae.evaluate: measures a trained model on a test set."""
 
-python -m bvae.evaluate RUN [--data PATH] [--json PATH]
-"""
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
 
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
-
-from bvae import ops
-from bvae.batches import chunks
-from bvae.metrics.latent import inactive, latent_variances, variance_law
-from bvae.models.vae import VAE
-from bvae.seeds import derive
-
-
-class Posterior(NamedTuple):
-    """The encoder's output over a data set, each [N,k] float32."""
-
-    mu: Tensor
-    log_sigma: Tensor
+from bvae.batches import to_device
+from bvae.config import dump_json
+from bvae.datasource import load_data
+from bvae.errors import UserError, run_command
+from bvae.files import write_atomically
+from bvae.machine import pick_device
+from bvae.scores import encode_images, score_images, score_latents
+from bvae.two_stage import load, read_run
 
 
-class Scores(NamedTuple):
-    """Of one stage on a data set; `figures` can be written as JSON."""
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bvae.evaluate", description=__doc__)
+    parser.add_argument("run", type=Path, help="a run's folder, or one that save_pretrained wrote")
+    parser.add_argument("--data", help="images as for training; by default what the run was trained on")
+    parser.add_argument("--num", type=int, help="use only the first so many test images")
+    parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args(argv)
+    if args.num is not None and args.num < 1:
+        raise UserError(f"--num must be at least 1, not {args.num}")
 
-    figures: dict[str, float]
-    posterior: Posterior
-    latent_kl: Tensor
-    """[k] float64: mean KL of each latent, in nats"""
+    model = load(args.run, checkpoint=args.checkpoint, device=pick_device(args.device))
+    c = model.config
+    data = load_data(c, args.data)
+    trained_on = read_run(args.run).get("data", {}).get("digest")
+    if trained_on not in (None, data.digest):
+        print(f"note: {data.name} is not the data this run was trained on", file=sys.stderr)
 
-
-@torch.no_grad()
-def encode_images(model: VAE, images: Tensor) -> Posterior:
-    """The posterior of resident images uint8 [N,H,W,C], in eval mode and fp32."""
-    model.eval()
-    encoded = [model.encoder(x) for x, _ in chunks(images)]
-    return Posterior(torch.cat([mu for mu, _ in encoded]), torch.cat([log_sigma for _, log_sigma in encoded]))
-
-
-def score_images(model: VAE, images: Tensor, seed: int) -> Scores:
-    """Scores of the first stage on resident images uint8 [N,H,W,C]; mse is per element of images in [0,1]."""
-    posterior = encode_images(model, images)
-    targets = (target for _, target in chunks(images))
-    return _score(model, posterior, targets, seed, logits=True)
-
-
-@torch.no_grad()
-def score_latents(model: VAE, first: Posterior, seed: int) -> Scores:
-    """Scores of the second stage on z drawn once from the first stage's posterior."""
-    model.eval()
-    z = ops.sample_kl(first.mu, first.log_sigma, ops.make_rng(derive(seed, "evaluate z"), first.mu.device)).z
-    encoded = [model.encoder(part) for part in z.split(500)]
-    posterior = Posterior(torch.cat([mu for mu, _ in encoded]), torch.cat([log_sigma for _, log_sigma in encoded]))
-    return _score(model, posterior, iter(z.split(500)), seed, logits=False)
+    images = to_device(data.test[: args.num], model.device)
+    figures: dict[str, Any] = {"data": data.name, "images": len(images)}
+    figures["stage1"] = score_images(model.stage1, images, c.seed).figures
+    if model.stage2 is not None:
+        figures["stage2"] = score_latents(model.stage2, encode_images(model.stage1, images), c.seed).figures
+    print(dump_json(figures), end="")
+    if args.json:
+        write_atomically(args.json, dump_json(figures).encode())
 
 
-@torch.no_grad()
-def _score(model: VAE, posterior: Posterior, targets, seed: int, logits: bool) -> Scores:  # type: ignore[no-untyped-def]
-    mu, log_sigma = posterior
-    z, _, moments = ops.sample_kl(mu, log_sigma, ops.make_rng(derive(seed, "evaluate"), mu.device))
-    sse = {"sampled": 0.0, "mean": 0.0}
-    count = first = 0
-    for target in targets:
-        last = first + len(target)
-        for name, latents in (("sampled", z), ("mean", mu)):
-            recon = model.decoder(latents[first:last])
-            sse[name] += squared_error(recon, target, logits).item()
-        count += target.numel()
-        first = last
-    var_mu, sigma2 = latent_variances(mu, log_sigma)
-    idle = inactive(sigma2)
-    latent_kl = moments[3].double() / len(mu)
-    figures = {
-        "mse_sampled": sse["sampled"] / count,
-        "mse_mean": sse["mean"] / count,
-        "kl": latent_kl.sum().item(),
-        "variance_law": variance_law(var_mu, sigma2).item(),
-        "inactive": int(idle.sum()),
-        "active": int((~idle).sum()),
-    }
-    return Scores(figures, posterior, latent_kl)
-
-
-def squared_error(recon: Tensor, target: Tensor, logits: bool) -> Tensor:
-    """Sum of squared errors of a batch, a scalar on the device."""
-    one = torch.ones((), device=recon.device)
-    none = torch.zeros((), dtype=torch.int64, device=recon.device)
-    return ops.balanced_loss(recon, target, torch.zeros_like(one), one, none, logits=logits, update=False).sse
+if __name__ == "__main__":
+    run_command(main)

@@ -95,7 +95,8 @@ class Step:
         # An infinite or NaN gradient makes the norm so: the whole step is then undone, on the device.
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         good = norm.isfinite() & total.detach().isfinite()
-        self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined] (what GradScaler sets)
+        # What torch's own GradScaler sets: the fused kernels then leave parameters and moments alone.
+        self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         for tensor, value in before:
             tensor.copy_(torch.where(good, tensor, value))

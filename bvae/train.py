@@ -15,7 +15,7 @@ import tyro
 
 from bvae.checkpoint import LAST
 from bvae.config import PRESETS, Config, dump_json, find_preset
-from bvae.data import Dataset, load
+from bvae.datasource import load_data
 from bvae.errors import UserError, run_command
 from bvae.models.vae import count_parameters, first_stage, second_stage
 from bvae.trainer import Interrupted, Trainer
@@ -62,21 +62,6 @@ def parse(argv: list[str]) -> tuple[Config, Arguments]:
     if config.preset not in PRESETS:
         raise UserError(f"--preset {config.preset}: there is no such preset; choose from {', '.join(PRESETS)}")
     return config, arguments
-
-
-def load_data(config: Config) -> Dataset:
-    """The images that --data names. Raises UserError."""
-    if config.data is None:
-        raise UserError(f"--preset {config.preset} needs --data: a folder, .npy/.npz, CIFAR-10's files, or `shapes`")
-    return load(
-        config.data,
-        side=config.side,
-        channels=config.channels,
-        jpeg_roundtrip=config.jpeg_roundtrip,
-        seed=config.data_seed,
-        num_train=config.shapes_train,
-        num_test=config.shapes_test,
-    )
 
 
 def dry_run(config: Config) -> None:

@@ -20,13 +20,13 @@ from bvae.config import Config, dump_json
 from bvae.data import Dataset
 from bvae.data.shapes import FACTOR_TYPES
 from bvae.errors import UserError
-from bvae.evaluate import Scores, encode_images, score_images, score_latents
 from bvae.files import write_atomically, writing
 from bvae.machine import describe_device, pick_device, versions
 from bvae.metrics.latent import factor_correlation, inactive
 from bvae.models.norm import recompute_statistics
 from bvae.models.vae import VAE, l2_kernels
 from bvae.runlog import RunLog, read_metrics
+from bvae.scores import Scores, encode_images, score_images, score_latents
 from bvae.seeds import derive
 from bvae.step import Step
 from bvae.two_stage import CONFIG, TwoStageVAE, to_uint8
@@ -100,7 +100,8 @@ class Trainer:
             raise UserError(f"{folder}: exists already; choose another --out, or go on with --resume {folder}")
 
         torch.manual_seed(derive(config.seed, "weights"))
-        self.model = TwoStageVAE(config).to(self.device, memory_format=torch.channels_last)
+        self.model = TwoStageVAE(config).to(self.device)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.train_images = to_device(data.train, self.device)
         self.test_images = to_device(data.test, self.device)
         self.results: dict[str, Any] = {}

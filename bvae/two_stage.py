@@ -168,7 +168,7 @@ class TwoStageVAE(nn.Module):
                     f"{list(own[name].shape)}"
                 )
         self.load_state_dict(dict(tensors))
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def load(

@@ -1,0 +1,21 @@
+"""The images a configuration names."""
+
+from bvae.config import Config
+from bvae.data import Dataset, load
+from bvae.errors import UserError
+
+
+def load_data(config: Config, source: str | None = None) -> Dataset:
+    """The images of `config.data`, or of `source` read by the same settings. Raises UserError."""
+    source = source or config.data
+    if source is None:
+        raise UserError(f"--preset {config.preset} needs --data: a folder, .npy/.npz, CIFAR-10's files, or `shapes`")
+    return load(
+        source,
+        side=config.side,
+        channels=config.channels,
+        jpeg_roundtrip=config.jpeg_roundtrip,
+        seed=config.data_seed,
+        num_train=config.shapes_train,
+        num_test=config.shapes_test,
+    )
