@@ -29,7 +29,7 @@ CXX_FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
 ]
-NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
 def say(text: str) -> None:
