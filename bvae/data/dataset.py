@@ -74,26 +74,33 @@ def load(
     if seed < 0:
         raise UserError(f"--data-seed must not be negative, got {seed}")
 
+    source = "shapes" if path is None else path
     factors = None
-    if path is None or str(path) == "shapes":
-        if channels != 3:
-            raise UserError("shapes: the images are coloured; --channels 3 expected")
-        if num_train < 1 or num_test < 1:
-            raise UserError(f"shapes: at least one image each is expected, got {num_train} train and {num_test} test")
-        name = "shapes"
-        train, train_factors = shapes.make_shapes(num_train, side, seed, stream=0)
-        test, test_factors = shapes.make_shapes(num_test, side, seed, stream=1)
-        factors = Factors(shapes.NAMES, train_factors, test_factors)
-    else:
-        try:
-            name, train, test = _read(Path(path), side, channels, seed)
-        except MemoryError as error:
-            raise refusal(path, "does not fit in memory", error) from error
-        except OSError as error:  # mostly permissions, met while looking at what is there
-            raise refusal(path, "cannot be read", error) from error
-    if jpeg_roundtrip:
-        train, test = folder.jpeg_roundtrip(train), folder.jpeg_roundtrip(test)
+    try:
+        if str(source) == "shapes":
+            name = "shapes"
+            train, test, factors = _generate(side, channels, seed, num_train, num_test)
+        else:
+            name, train, test = _read(Path(source), side, channels, seed)
+        if jpeg_roundtrip:
+            train, test = folder.jpeg_roundtrip(train), folder.jpeg_roundtrip(test)
+    except MemoryError as error:
+        raise refusal(source, "does not fit in memory", error) from error
+    except OSError as error:  # mostly permissions, met while looking at what is there
+        raise refusal(source, "cannot be read", error) from error
     return Dataset(name, train, test, _digest(train, test), factors)
+
+
+def _generate(
+    side: int, channels: int, seed: int, num_train: int, num_test: int
+) -> tuple[np.ndarray, np.ndarray, Factors]:
+    if channels != 3:
+        raise UserError("shapes: the images are coloured; --channels 3 expected")
+    if num_train < 1 or num_test < 1:
+        raise UserError(f"shapes: at least one image each is expected, got {num_train} train and {num_test} test")
+    train, train_factors = shapes.make_shapes(num_train, side, seed, stream=0)
+    test, test_factors = shapes.make_shapes(num_test, side, seed, stream=1)
+    return train, test, Factors(shapes.NAMES, train_factors, test_factors)
 
 
 def _read(path: Path, side: int, channels: int, seed: int) -> tuple[str, np.ndarray, np.ndarray]:

@@ -67,6 +67,8 @@ def test_shapes_refuse_what_they_cannot_be():
         load(None, side=20, channels=3)
     with refused("shapes", "at least one"):
         load(None, side=16, channels=3, num_train=0)
+    with refused("shapes", "memory"):
+        load(None, side=16, channels=3, num_train=10**14)
     with refused("--data-seed"):
         load(None, side=16, channels=3, seed=-1)
     with refused("--channels"):
