@@ -54,7 +54,8 @@ __device__ __forceinline__ A target_value(T v) {
 }
 template <>
 __device__ __forceinline__ float target_value<float, uint8_t>(uint8_t v) {
-  return unit_from_u8(static_cast<float>(v));
+  // v in the low mantissa bits of 2^23. A conversion instruction would share a slow pipe with the sigmoid's.
+  return unit_from_u8(float_of(0x4b000000u | v) - 8388608.0f);
 }
 template <>
 __device__ __forceinline__ double target_value<double, uint8_t>(uint8_t v) {
@@ -110,10 +111,11 @@ __device__ __forceinline__ void store_scalar(void* p, bool is_double, double val
   }
 }
 
-// The launchers' runtime is linked statically and keeps its own current device, apart from torch's.
-#define BVAE_CUDA_TRY(call)                                \
-  do {                                                     \
-    const cudaError_t error_ = (call);                     \
+// Every launcher starts with cudaSetDevice: the CUDA runtime is linked statically and keeps its own current device,
+// apart from the one that torch's runtime was switched to.
+#define BVAE_CUDA_TRY(call)                                     \
+  do {                                                          \
+    const cudaError_t error_ = (call);                          \
     if (error_ != cudaSuccess) return static_cast<int>(error_); \
   } while (0)
 

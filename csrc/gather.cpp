@@ -10,6 +10,7 @@ std::tuple<Tensor, Tensor> gather(const Tensor& data, const Tensor& index, const
   STD_TORCH_CHECK(index.dim() == 1 && index.scalar_type() == ScalarType::Long, "bvae: index must be int64 [B]");
   check_same_device(data, index, "data", "index");
   const int64_t n = data.size(0), h = data.size(1), w = data.size(2), c = data.size(3), b = index.size(0);
+  STD_TORCH_CHECK(h * w * c <= INT32_MAX, "bvae: an image may have at most 2^31 - 1 elements");
   if (flip.has_value()) {
     STD_TORCH_CHECK(flip->dim() == 1 && flip->size(0) == b && flip->scalar_type() == ScalarType::Bool,
                     "bvae: flip must be bool [B]");

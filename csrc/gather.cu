@@ -10,13 +10,15 @@ namespace {
 template <class T, int n>
 __global__ void __launch_bounds__(kThreads) gather_kernel(GatherArgs args, int64_t packs) {
   using A = typename Arithmetic<T>::type;
-  const int64_t line = args.width * args.channels;
+  // Within an image 32 bits are enough (gather.cpp checks), and their divisions are much cheaper.
+  const uint32_t width = static_cast<uint32_t>(args.width), channels = static_cast<uint32_t>(args.channels);
+  const uint32_t line = width * channels;
   const int64_t image = args.height * line;
   const int64_t total = args.batch * packs;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total; i += step) {
     const int64_t b = i / packs;
-    const int64_t at = (i % packs) * n;  // within the image
+    const uint32_t at = static_cast<uint32_t>(i - b * packs) * n;
     const int64_t source = args.index[b];
     assert(source >= 0 && source < args.images && "bvae::gather: index out of range");
     const uint8_t* from = args.data + source * image;
@@ -24,11 +26,19 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(GatherArgs args, int64
     if (args.flip == nullptr || !args.flip[b]) {
       row = *reinterpret_cast<const Pack<uint8_t, n>*>(from + at);
     } else {
+      uint32_t start = at / line * line;  // of the line that holds the output element
+      uint32_t w = (at - start) / channels;
+      uint32_t c = (at - start) % channels;
 #pragma unroll
       for (int j = 0; j < n; ++j) {
-        const int64_t h = (at + j) / line, rest = (at + j) % line;
-        const int64_t w = rest / args.channels, c = rest % args.channels;
-        row.v[j] = from[h * line + (args.width - 1 - w) * args.channels + c];
+        row.v[j] = from[start + (width - 1 - w) * channels + c];
+        if (++c == channels) {
+          c = 0;
+          if (++w == width) {
+            w = 0;
+            start += line;
+          }
+        }
       }
     }
     Pack<T, n> x;
