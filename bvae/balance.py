@@ -49,7 +49,7 @@ class GaussianVAELoss(nn.Module):
 
     def __init__(self, gamma2: float, kl_weight: float | Literal["auto"], logits: bool) -> None:
         super().__init__()
-        if kl_weight != "auto" and not 0 <= float(kl_weight) < math.inf:
+        if kl_weight != "auto" and (isinstance(kl_weight, str) or not 0 <= float(kl_weight) < math.inf):
             raise ValueError(f"kl_weight must be 'auto' or a number of at least 0, not {kl_weight!r}")
         self.kl_weight = kl_weight
         self.logits = logits
@@ -88,8 +88,12 @@ class GaussianVAELoss(nn.Module):
             latents: number of latents per sample; only kl_weight "auto" with `kl` needs it.
 
         Raises:
-            ValueError: shapes that do not match, or arguments missing or given twice.
+            ValueError: shapes that do not match, dtypes that cannot be, or arguments missing or given twice.
         """
+        if not recon.is_floating_point():
+            raise ValueError(f"recon must be of a floating type, not {recon.dtype}")
+        if not (target.is_floating_point() or target.dtype == torch.uint8):
+            raise ValueError(f"target must be floats in the data's range, or uint8 for value/255, not {target.dtype}")
         if recon.shape != target.shape:
             raise ValueError(f"recon {tuple(recon.shape)} and target {tuple(target.shape)} differ in shape")
         if recon.ndim < 1:
@@ -98,6 +102,8 @@ class GaussianVAELoss(nn.Module):
             kl, latents = self._kl(recon, mu, log_sigma, logvar)
         elif mu is not None or log_sigma is not None or logvar is not None:
             raise ValueError("give either kl or the posterior (mu with log_sigma or logvar), not both")
+        elif kl.numel() != 1:
+            raise ValueError(f"kl must be one number, the sum over the batch, not {tuple(kl.shape)}: give kl.sum()")
         return self._loss(recon, target, kl, self._weight(recon, latents))
 
     def _kl(
@@ -212,9 +218,11 @@ class FixedGammaLoss(GaussianVAELoss):
     ) -> None:
         if (gamma is None) == (beta is None):
             raise ValueError("give exactly one of gamma and beta")
-        gamma2 = gamma**2 if gamma is not None else float(beta)  # type: ignore[arg-type]
-        if not 0 < gamma2 < math.inf:
-            raise ValueError(f"gamma and beta must be positive and finite, not {gamma if beta is None else beta}")
+        given = float(gamma if gamma is not None else beta)  # type: ignore[arg-type]
+        gamma2 = given * given if gamma is not None else given
+        limits = torch.finfo(torch.float32)
+        if not (given > 0 and limits.tiny <= gamma2 <= limits.max):
+            raise ValueError(f"gamma and beta must be positive and gamma^2 a float32, not {given}")
         super().__init__(gamma2, kl_weight, logits)
 
     def _loss(self, recon: Tensor, target: Tensor, kl: Tensor, kl_weight: float) -> Loss:
@@ -229,8 +237,10 @@ class LearnedGammaLoss(GaussianVAELoss):
         self.log_gamma = nn.Parameter(torch.zeros(()))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept = self.log_gamma.data
         super()._apply(fn, recurse)
-        self.log_gamma.data = self.log_gamma.data.float()
+        if self.log_gamma.dtype != kept.dtype:  # as for gamma2: moved, not rounded
+            self.log_gamma.data = kept.to(self.log_gamma.device)
         return self
 
     def _loss(self, recon: Tensor, target: Tensor, kl: Tensor, kl_weight: float) -> Loss:
