@@ -61,7 +61,9 @@ def report() -> list[tuple[str, str]]:
         ]
     if error is None:
         lines.append(("CPU loops", importlib.import_module("bvae._C").cpu_capability()))
-    lines.append(("CPU", f"{', '.join(cpu_features()) or 'no vector extensions known'}; {torch.get_num_threads()} threads"))
+    lines.append(
+        ("CPU", f"{', '.join(cpu_features()) or 'no vector extensions known'}; {torch.get_num_threads()} threads")
+    )
     lines.append(("torch's CUDA", torch.version.cuda or "none (CPU build)"))
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):

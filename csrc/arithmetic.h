@@ -2,7 +2,7 @@
 //
 // The float functions are branch-free polynomials, so that a compiler vectorises a loop over them. On machines with
 // fused multiply-add (every GPU, AVX2, AVX-512, NEON) they give the same bits everywhere; the build switches off
-// the compiler's own contraction. Largest errors, checked by tests/test_ops_math.py: exp, expm1, log 2 ulp,
+// the compiler's own contraction. Largest errors, checked by tests/test_ops.py and test_ops_noise.py: exp, expm1, log 2 ulp,
 // sin and cos 2 ulp. The double functions call libm: they serve gradcheck, not speed.
 #pragma once
 
