@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from bvae.errors import UserError
-from bvae.files import write_atomically
+from bvae.files import encode_json, write_atomically
 
 FORMAT = 1
 LAST = "checkpoints/last.safetensors"  # in a run's folder
@@ -28,7 +28,7 @@ def _digest(tensors: Mapping[str, Tensor], description: str) -> str:
     for name in sorted(tensors):
         t = tensors[name]
         h.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
-        h.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
+        h.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
 
 
@@ -38,7 +38,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], description: Mapp
     Raises UserError where the folder or the disk does not allow it; the file that was there is then still whole.
     """
     host = {name: t.detach().to("cpu", copy=False).contiguous() for name, t in tensors.items()}
-    text = json.dumps(description, allow_nan=False)
+    text = encode_json(description)
     metadata = {"bvae": text, "bvae_format": str(FORMAT), "bvae_sha256": _digest(host, text)}
     write_atomically(path, save(host, metadata))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -256,8 +255,3 @@ def find_preset(name: str) -> Config:
         return PRESETS[name]
     except KeyError:
         raise UserError(f"--preset {name}: there is no such preset; choose from {', '.join(PRESETS)}") from None
-
-
-def dump_json(values: object) -> str:
-    """JSON as every file of a run holds it: indented, ending in a newline, never NaN."""
-    return json.dumps(values, indent=2, allow_nan=False, default=str) + "\n"

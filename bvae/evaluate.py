@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from bvae.batches import to_device
-from bvae.config import dump_json
 from bvae.datasource import load_data
 from bvae.errors import UserError, run_command
-from bvae.files import write_atomically
+from bvae.files import encode_json, write_atomically
 from bvae.machine import pick_device
 from bvae.scores import encode_images, score_images, score_latents
 from bvae.two_stage import load, read_run
@@ -39,9 +38,9 @@ def main(argv: list[str] | None = None) -> None:
     figures["stage1"] = score_images(model.stage1, images, c.seed).figures
     if model.stage2 is not None:
         figures["stage2"] = score_latents(model.stage2, encode_images(model.stage1, images), c.seed).figures
-    print(dump_json(figures), end="")
+    print(encode_json(figures, indent=2))
     if args.json:
-        write_atomically(args.json, dump_json(figures).encode())
+        write_atomically(args.json, encode_json(figures, indent=2).encode())
 
 
 if __name__ == "__main__":

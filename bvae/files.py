@@ -1,9 +1,12 @@
-"""Writing files so that they are whole or not there."""
+"""Writing files so that they are whole or not there, and JSON that every reader takes."""
 
 import contextlib
+import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from bvae.errors import UserError
 
@@ -42,3 +45,22 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def encode_json(values: Any, indent: int | None = None) -> str:
+    """`values` as JSON: arrays as lists, paths as strings, numbers that are not finite (JSON has no word) as null."""
+    return json.dumps(_encodable(values), allow_nan=False, indent=indent)
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # numpy and torch arrays and scalars
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _encodable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encodable(item) for item in value]
+    return value

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from bvae.errors import UserError
-from bvae.files import write_atomically, writing
+from bvae.files import encode_json, write_atomically, writing
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -33,21 +33,9 @@ REFRESH_SECONDS = 0.25
 HISTOGRAM_BUCKETS = 32
 
 
-def _encodable(value: Any) -> Any:
-    """`value` with arrays as lists and non-finite numbers, for which JSON has no name, as None."""
-    if hasattr(value, "tolist"):  # numpy and torch arrays and scalars
-        value = value.tolist()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, list | tuple):
-        return [_encodable(item) for item in value]
-    return value
-
-
 def _line(record: Mapping[str, Any]) -> bytes:
     """`record` as a line of ``metrics.jsonl``."""
-    encodable = {key: _encodable(value) for key, value in record.items()}
-    return json.dumps(encodable, allow_nan=False).encode() + b"\n"
+    return encode_json(record).encode() + b"\n"
 
 
 def _decoded(value: Any) -> Any:

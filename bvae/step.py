@@ -32,9 +32,11 @@ class Sums:
         self.parts = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
         self.moments = torch.zeros(4, latents, dtype=torch.float64, device=device)
         self.counts = torch.zeros(2, dtype=torch.float64, device=device)  # good steps, steps that changed nothing
+        self.trouble = torch.zeros((), dtype=torch.float64, device=device)
+        """rises by 1 with a bad step, falls by 1/4 to 0 with a good one; not reset: grows where over 1 in 5 is bad"""
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"parts": self.parts, "moments": self.moments, "counts": self.counts}
+        return {"parts": self.parts, "moments": self.moments, "counts": self.counts, "trouble": self.trouble}
 
     def add(self, loss: Loss, moments: Tensor, good: Tensor) -> None:
         # sse/(2 gamma2 D) per image, which the computed gamma keeps near 1/2.
@@ -43,9 +45,10 @@ class Sums:
         self.parts += torch.where(good, values, 0.0)
         self.moments += torch.where(good, moments, 0.0)
         self.counts += torch.stack([good, ~good])
+        self.trouble.copy_((self.trouble + torch.where(good, -0.25, 1.0)).clamp(min=0))
 
     def reset(self) -> None:
-        for t in self.tensors().values():
+        for t in (self.parts, self.moments, self.counts):
             t.zero_()
 
 

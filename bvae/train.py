@@ -14,9 +14,10 @@ from typing import Any
 import tyro
 
 from bvae.checkpoint import LAST
-from bvae.config import PRESETS, Config, dump_json, find_preset
+from bvae.config import PRESETS, Config, find_preset
 from bvae.datasource import load_data
 from bvae.errors import UserError, run_command
+from bvae.files import encode_json
 from bvae.models.vae import count_parameters, first_stage, second_stage
 from bvae.trainer import Interrupted, Trainer
 from bvae.two_stage import read_config
@@ -69,7 +70,7 @@ def dry_run(config: Config) -> None:
     if config.epochs2:
         counts["stage2"] = count_parameters(second_stage(config))
     resolved: dict[str, Any] = {**config.to_dict(), "kl_weight": config.resolved_kl_weight(), "parameters": counts}
-    print(dump_json(resolved), end="")
+    print(encode_json(resolved, indent=2))
 
 
 def summary(results: dict[str, Any]) -> str:

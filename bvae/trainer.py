@@ -16,11 +16,11 @@ from bvae import figures, ops
 from bvae.balance import GaussianVAELoss, make_loss
 from bvae.batches import Batches, ImageBatches, LatentBatches, to_device
 from bvae.checkpoint import BEST, LAST, load_checkpoint, prefixed, save_checkpoint, under
-from bvae.config import Config, dump_json
+from bvae.config import Config
 from bvae.data import Dataset
 from bvae.data.shapes import FACTOR_TYPES
 from bvae.errors import UserError
-from bvae.files import write_atomically, writing
+from bvae.files import encode_json, write_atomically, writing
 from bvae.machine import describe_device, pick_device, versions
 from bvae.metrics.latent import factor_correlation, inactive
 from bvae.models.norm import recompute_statistics
@@ -32,7 +32,7 @@ from bvae.step import Step
 from bvae.two_stage import CONFIG, TwoStageVAE, to_uint8
 
 RESULTS = "results.json"
-MANY_BAD_STEPS = 10  # from so many on, and half of all since the last epoch, a run is given up
+MUCH_TROUBLE = 10  # the level of Sums.trouble at which a run is given up
 
 
 class Interrupted(Exception):
@@ -141,7 +141,7 @@ class Trainer:
             self.save()
             self._draw()
         self.model.save_weights(self.folder)
-        write_atomically(self.folder / RESULTS, dump_json(self.results).encode())
+        write_atomically(self.folder / RESULTS, encode_json(self.results, indent=2).encode())
         return self.results
 
     def train(self, stage: Stage) -> None:
@@ -176,14 +176,13 @@ class Trainer:
     def _look(self, stage: Stage) -> dict[str, float]:
         """Means since the epoch's start; ends the run where too many steps were not finite."""
         sums = stage.step.sums
-        good, bad = sums.counts.tolist()
-        if bad >= max(MANY_BAD_STEPS, good):
+        if sums.trouble.item() >= MUCH_TROUBLE:
             self.save()
             raise UserError(
-                f"stage {stage.number}, step {stage.done}: {bad:.0f} of the last {good + bad:.0f} steps had a loss or "
-                f"gradient that was not finite and were undone; the last good state is in {self.folder / LAST} "
-                "(a lower --lr, or no --amp, may help)"
+                f"stage {stage.number}, step {stage.done}: too many steps with a loss or gradient that is not finite; "
+                f"they were undone and the last good state is in {self.folder / LAST} (a lower --lr may help)"
             )
+        good = sums.counts[0].item()
         means = dict(zip(sums.NAMES, (sums.parts / max(good, 1)).tolist(), strict=True))
         return {**means, "gamma2": stage.step.loss.gamma2.item()}
 
@@ -341,7 +340,7 @@ class Trainer:
             "versions": versions(),
             "device": describe_device(self.device),
         }
-        write_atomically(self.folder / CONFIG, dump_json(values).encode())
+        write_atomically(self.folder / CONFIG, encode_json(values, indent=2).encode())
 
     def save(self) -> None:
         """Writes the last checkpoint, and the best one where there is a new one."""

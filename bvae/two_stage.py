@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from bvae import ops
 from bvae.checkpoint import BEST, LAST, load_checkpoint, under
-from bvae.config import Config, dump_json
+from bvae.config import Config
 from bvae.errors import UserError
-from bvae.files import write_atomically, writing
+from bvae.files import encode_json, write_atomically, writing
 from bvae.models.vae import first_stage, second_stage
 from bvae.seeds import derive
 
@@ -133,7 +133,9 @@ class TwoStageVAE(nn.Module):
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self.save_weights(folder)
-        write_atomically(folder / CONFIG, dump_json({"model": "bvae", "config": self.config.to_dict()}).encode())
+        write_atomically(
+            folder / CONFIG, encode_json({"model": "bvae", "config": self.config.to_dict()}, indent=2).encode()
+        )
 
     def save_weights(self, folder: Path) -> None:
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}

@@ -66,10 +66,10 @@ def flatten_statistics(model: nn.Module) -> Tensor:
     flat = torch.cat([getattr(n, name).reshape(-1) for n, name in buffers])
     first = 0
     for n, name in buffers:
-        shape = getattr(n, name).shape
+        shape, stride = getattr(n, name).shape, getattr(n, name).stride()
         last = first + shape.numel()
         # Not a view: views share one version counter, and autograd would take one layer's update for another's.
-        setattr(n, name, flat.new_empty(0).set_(flat.untyped_storage(), first, shape))
+        setattr(n, name, flat.new_empty(0).set_(flat.untyped_storage(), first, shape, stride))
         first = last
     return flat
 
@@ -82,6 +82,9 @@ def _cumulative(norms: list[BatchNorm2d]) -> Iterator[Callable[[int], None]]:
     def begin(batch: int) -> None:
         for n in norms:
             n.momentum = 1.0 / batch
+            if batch == 1:  # weight 1 would forget what was there, but not a NaN
+                n.running_mean.zero_()
+                n.running_var.zero_()
 
     try:
         yield begin
@@ -103,9 +106,11 @@ def recompute_statistics(model: nn.Module, batches: Iterable[Tensor], forward: C
     if not norms:
         return count
     model.train()
-    with _cumulative(norms) as begin:
-        for count, x in enumerate(batches, start=1):
-            begin(count)  # weight 1 at the first batch forgets what was there
-            forward(x)
-    model.train(was_training)
+    try:
+        with _cumulative(norms) as begin:
+            for count, x in enumerate(batches, start=1):
+                begin(count)
+                forward(x)
+    finally:
+        model.train(was_training)
     return count
