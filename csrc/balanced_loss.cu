@@ -8,13 +8,15 @@ namespace {
 constexpr int kMaxBlocks = 1024;  // about one wave of an H100; fixed, so that sums depend on the size alone
 
 int blocks_for(int64_t numel) {
-  const int64_t wanted = (numel + kThreads * kVector - 1) / (kThreads * kVector);
+  constexpr int64_t per_block = kThreads * kVector<float>;
+  const int64_t wanted = (numel + per_block - 1) / per_block;
   return static_cast<int>(wanted < 1 ? 1 : (wanted > kMaxBlocks ? kMaxBlocks : wanted));
 }
 
 template <class R, class T, bool logits>
 __global__ void __launch_bounds__(kThreads) loss_kernel(LossArgs args, int64_t vectors) {
   using A = typename Arithmetic<R>::type;
+  constexpr int n = kVector<R>;
   const R* recon = static_cast<const R*>(args.recon);
   const T* target = static_cast<const T*>(args.target);
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -22,18 +24,18 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(LossArgs args, int64_t v
 
   double sum = 0.0;
   for (int64_t i = thread; i < vectors; i += threads) {
-    const Pack<R, kVector> r = reinterpret_cast<const Pack<R, kVector>*>(recon)[i];
-    const Pack<T, kVector> t = reinterpret_cast<const Pack<T, kVector>*>(target)[i];
+    const Pack<R, n> r = reinterpret_cast<const Pack<R, n>*>(recon)[i];
+    const Pack<T, n> t = reinterpret_cast<const Pack<T, n>*>(target)[i];
     A part = A(0);
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) {
+    for (int j = 0; j < n; ++j) {
       const A d = residual<logits>(static_cast<A>(Element<R>::get(r.v[j])), target_value<A, T>(t.v[j]));
       part += d * d;
     }
     sum += static_cast<double>(part);
   }
   // The tail, or everything where a pointer is not aligned and `vectors` is 0.
-  for (int64_t i = vectors * kVector + thread; i < args.numel; i += threads) {
+  for (int64_t i = vectors * n + thread; i < args.numel; i += threads) {
     const A d = residual<logits>(static_cast<A>(Element<R>::get(recon[i])), target_value<A, T>(target[i]));
     sum += static_cast<double>(d * d);
   }
@@ -71,6 +73,7 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(LossArgs args, int64_t v
 template <class R, class T, bool logits>
 __global__ void __launch_bounds__(kThreads) loss_grad_kernel(LossGradArgs args, int64_t vectors) {
   using A = typename Arithmetic<R>::type;
+  constexpr int n = kVector<R>;
   constexpr bool is_double = sizeof(A) == 8;
   const R* recon = static_cast<const R*>(args.recon);
   const T* target = static_cast<const T*>(args.target);
@@ -89,17 +92,17 @@ __global__ void __launch_bounds__(kThreads) loss_grad_kernel(LossGradArgs args, 
   }
 
   for (int64_t i = thread; i < vectors; i += threads) {
-    const Pack<R, kVector> r = reinterpret_cast<const Pack<R, kVector>*>(recon)[i];
-    const Pack<T, kVector> t = reinterpret_cast<const Pack<T, kVector>*>(target)[i];
-    Pack<R, kVector> g;
+    const Pack<R, n> r = reinterpret_cast<const Pack<R, n>*>(recon)[i];
+    const Pack<T, n> t = reinterpret_cast<const Pack<T, n>*>(target)[i];
+    Pack<R, n> g;
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) {
+    for (int j = 0; j < n; ++j) {
       const A slope = half_slope<logits>(static_cast<A>(Element<R>::get(r.v[j])), target_value<A, T>(t.v[j]));
       g.v[j] = Element<R>::put(coefficient * slope);
     }
-    reinterpret_cast<Pack<R, kVector>*>(grad)[i] = g;
+    reinterpret_cast<Pack<R, n>*>(grad)[i] = g;
   }
-  for (int64_t i = vectors * kVector + thread; i < args.numel; i += threads) {
+  for (int64_t i = vectors * n + thread; i < args.numel; i += threads) {
     const A slope = half_slope<logits>(static_cast<A>(Element<R>::get(recon[i])), target_value<A, T>(target[i]));
     grad[i] = Element<R>::put(coefficient * slope);
   }
@@ -141,8 +144,9 @@ int with_types(DType recon, DType target, const F& f) {
 
 template <class R, class T>
 int64_t vectors_of(const void* recon, const void* target, const void* grad, int64_t numel) {
-  const bool ok = aligned<R, kVector>(recon) && aligned<T, kVector>(target) && aligned<R, kVector>(grad);
-  return ok ? numel / kVector : 0;
+  constexpr int n = kVector<R>;
+  const bool ok = aligned<R, n>(recon) && aligned<T, n>(target) && aligned<R, n>(grad);
+  return ok ? numel / n : 0;
 }
 
 }  // namespace

@@ -11,7 +11,11 @@
 namespace bvae {
 
 constexpr int kThreads = 256;
-constexpr int kVector = 8;  // elements a thread takes at once: 16 bytes of a 2-byte type
+
+// Elements a thread takes at once: 16 bytes of a 2-byte type, twice that of float, and few enough doubles to keep their
+// slower exp within the registers.
+template <class T>
+constexpr int kVector = sizeof(T) == 8 ? 2 : 8;
 
 template <class T>
 struct Element;

@@ -52,13 +52,14 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(GatherArgs args, int64
 template <class T>
 int launch_gather(const GatherArgs& args, cudaStream_t stream) {
   const int64_t image = args.height * args.width * args.channels;
-  const bool vector = image % kVector == 0 && aligned<uint8_t, kVector>(args.data) &&
-                      aligned<uint8_t, kVector>(args.rows) && aligned<T, kVector>(args.x);
-  const int64_t packs = vector ? image / kVector : image;
+  constexpr int n = 8;
+  const bool vector = image % n == 0 && aligned<uint8_t, n>(args.data) && aligned<uint8_t, n>(args.rows) &&
+                      aligned<T, n>(args.x);
+  const int64_t packs = vector ? image / n : image;
   const int64_t wanted = (args.batch * packs + kThreads - 1) / kThreads;
   const unsigned int blocks = static_cast<unsigned int>(wanted < 8192 ? wanted : 8192);
   if (vector) {
-    gather_kernel<T, kVector><<<blocks, kThreads, 0, stream>>>(args, packs);
+    gather_kernel<T, n><<<blocks, kThreads, 0, stream>>>(args, packs);
   } else {
     gather_kernel<T, 1><<<blocks, kThreads, 0, stream>>>(args, packs);
   }

@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(SampleArgs args, int64
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) sample_grad_kernel(SampleGradArgs args, int64_t quads, bool vector) {
+__global__ void __launch_bounds__(kThreads, 2) sample_grad_kernel(SampleGradArgs args, int64_t quads, bool vector) {
   using A = typename Arithmetic<T>::type;
   const int x = threadIdx.x % kQuadsX, y = threadIdx.x / kQuadsX;
   const int64_t quad = static_cast<int64_t>(blockIdx.x) * kQuadsX + x;

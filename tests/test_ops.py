@@ -47,7 +47,7 @@ def test_loss_and_gradients_match_the_float64_twin(device, dtype, logits):
         t64 = target if target.dtype == torch.uint8 else target.double()
         gamma2, skipped = scalars(device)
         gamma2_64, skipped_64 = scalars(device)
-        kw = dict(kl_weight=2.5, logits=logits, update=True)
+        kw = {"kl_weight": 2.5, "logits": logits, "update": True}
         out = ops.balanced_loss(r, target, kl, gamma2, skipped, **kw)
         ref = reference.balanced_loss(r64, t64, kl64, gamma2_64, skipped_64, **kw)
         assert out.loss.dtype == out.sse.dtype == reference.sum_dtype(dtype)
@@ -478,7 +478,7 @@ def test_compiled_double_backward_is_refused():
     mu, ls = leaf(torch.zeros(2, 4)), leaf(torch.zeros(2, 4))
     f = torch.compile(lambda m, s, rng: ops.sample_kl(m, s, rng).kl, fullgraph=True, backend="aot_eager")
     (g,) = torch.autograd.grad(f(mu, ls, ops.make_rng(0)), ls, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward|second derivative"):
+    with pytest.raises(RuntimeError, match=r"double backward|second derivative"):
         g.sum().backward()
 
 

@@ -6,6 +6,7 @@ Exit code 1 where a file does not compile or a kernel spills registers to memory
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,17 +22,13 @@ USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
 
 
-def demangle(names: list[str], nvcc: Path) -> list[str]:
-    """Readable kernel names, without namespaces and argument lists."""
-    tool = nvcc.with_name("cu++filt")
-    if not tool.exists():
+def demangle(names: list[str]) -> list[str]:
+    """Readable kernel names, without namespaces and argument lists; as they are where there is no c++filt."""
+    tool = shutil.which("c++filt")
+    if tool is None:
         return names
     out = subprocess.run([tool, *names], capture_output=True, text=True, check=True).stdout.splitlines()
-    short = []
-    for name in out:
-        name = re.sub(r"\(anonymous namespace\)::|<unnamed>::|bvae::|^void |\((?:bool|int)\)", "", name)
-        short.append(re.sub(r"\((?!.*>).*$", "", name))
-    return short
+    return [re.sub(r"^void |bvae::|\(anonymous namespace\)::", "", name).partition("(")[0] for name in out]
 
 
 def parse(report: str) -> list[tuple[str, str, int, int, int, int]]:
@@ -74,12 +71,11 @@ def main() -> int:
     if not rows:
         print("nvcc's report names no kernel: its format has changed", file=sys.stderr)
         return 1
-    names = demangle([row[0] for row in rows], nvcc)
+    names = demangle([row[0] for row in rows])
     table = sorted((name, int(re.sub(r"\D", "", row[1])), row) for name, row in zip(names, rows, strict=True))
     width = max(len(name) for name in names)
-    print(
-        f"{'kernel':<{width}}  {'arch':>7}  {'registers':>9}  {'spill stores':>12}  {'spill loads':>11}  {'shared B':>8}"
-    )
+    head = f"{'arch':>7}  {'registers':>9}  {'spill stores':>12}  {'spill loads':>11}  {'shared B':>8}"
+    print(f"{'kernel':<{width}}  {head}")
     for name, _, (_, arch, registers, stores, loads, shared) in table:
         print(f"{name:<{width}}  {'sm_' + arch:>7}  {registers:>9}  {stores:>12}  {loads:>11}  {shared:>8}")
     spilled = sorted({name for name, _, row in table if row[3] or row[4]})
