@@ -144,20 +144,26 @@ class Config:
         need(self.channels in (1, 3), f"--channels must be 1 or 3, not {self.channels}")
         most = int(math.log2(self.side)) + 1
         need(self.scales <= most, f"--scales {self.scales} does not fit a side of {self.side}: at most {most}")
+        need(
+            self.batch > 1 or self.scales < most,
+            "--batch 1 needs fewer --scales: batch norm cannot normalise one pixel",
+        )
         need(self.max_steps is None or self.max_steps >= 1, f"--max-steps must be at least 1, not {self.max_steps}")
-        need(self.checkpoint_seconds >= 0, "--checkpoint-seconds must not be negative")
+        need(0 <= self.checkpoint_seconds < math.inf, "--checkpoint-seconds must be a number of at least 0")
         for name in ("seed", "data_seed"):
             need(0 <= getattr(self, name) < 2**63, f"--{_flag(name)} must be between 0 and 2^63-1")
         need(
             bool(self.l2) == bool(self.l2_on), "--l2 and --l2-on go together: name a weight and the kernels it acts on"
         )
+        need(len(set(self.l2_on)) == len(self.l2_on), "--l2-on names the same kernels twice")
         if self.kl_weight != "auto":
             weight = float(self.kl_weight)
             need(0 <= weight < math.inf, f"--kl-weight must be auto or a number of at least 0, not {weight}")
         given = [name for name in ("gamma", "beta") if getattr(self, name) is not None]
         if self.balance == "fixed":
             need(len(given) == 1, "--balance fixed needs exactly one of --gamma and --beta")
-            need(0 < getattr(self, given[0]) < math.inf, f"--{given[0]} must be a positive number")
+            # gamma^2 and its inverse must be float32 numbers.
+            need(1e-15 <= getattr(self, given[0]) <= 1e15, f"--{given[0]} must be a number from 1e-15 to 1e15")
         else:
             need(not given, f"--{given[0] if given else ''} needs --balance fixed, not {self.balance}")
         return self
@@ -177,8 +183,12 @@ class Config:
             try:
                 check_type(value, hints[name])
             except TypeCheckError as error:
-                raise UserError(f"{source}: setting {name!r} is {value!r}: {error}") from error
-        return Config(**known).validate()
+                reason = " ".join(str(error).split())
+                raise UserError(f"{source}: setting {name!r} is {value!r}: {reason}") from error
+        try:
+            return Config(**known).validate()
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
 
     def changed_definition(self, other: Config) -> list[str]:
         """Names of the run-defining settings in which the two differ."""
