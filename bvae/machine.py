@@ -26,13 +26,25 @@ def describe_device(device: torch.device) -> str:
     return f"{_cpu_name()}, {torch.get_num_threads()} threads of {os.cpu_count()}"
 
 
-def _cpu_name() -> str:
+def _cpu_line(name: str) -> str | None:
+    """What Linux says of the processor under `name`."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        return None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.split("\t")[0].strip() == name), None)
+
+
+def _cpu_name() -> str:
+    return _cpu_line("model name") or platform.machine()
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 arithmetic runs on units of its own there: where it does not, --amp is slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = (_cpu_line("flags") or _cpu_line("Features") or "").split()
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,37 @@
+# make train   train the `shapes` preset, on a GPU if there is one, into runs/
+# make test    run the test suite
+#
+# Both set themselves up in .venv first: torch, build tools, bvae with its extension.
+#   TORCH='torch==2.13.0'   which torch to install (pip requirement)
+#   PYTHON=python3.12       which Python to make .venv from
+#   ARGS='...'              further arguments for the trainer or pytest
+
+TORCH ?= torch>=2.11
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: train test install clean
+
+train: install
+	$(BIN)/python -m bvae.train $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+install: $(VENV)/installed
+
+# Torch comes first and the build uses it as it is: an isolated build would fetch another one and compile against that.
+$(VENV)/torch: Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade '$(TORCH)' 'setuptools>=77' wheel ninja pybind11
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch pyproject.toml setup.py $(wildcard csrc/*)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build bvae/*.so
