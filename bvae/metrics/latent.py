@@ -40,7 +40,9 @@ def factor_correlation(mu: np.ndarray, factors: np.ndarray, types: Sequence[floa
     def standardised(columns: np.ndarray) -> np.ndarray:
         centred = columns - columns.mean(0)
         norm = np.sqrt((centred**2).sum(0))
-        return np.divide(centred, norm, out=np.zeros_like(centred), where=norm > 1e-12 * np.sqrt(len(columns)))
+        # What rounding leaves of a constant is relative to its size.
+        varies = norm > 1e-12 * np.sqrt(len(columns)) * np.abs(columns).max(0, initial=0)
+        return np.divide(centred, norm, out=np.zeros_like(centred), where=varies)
 
     latent = standardised(np.asarray(mu, np.float64))
     result = np.zeros((latent.shape[1], factors.shape[1]))
