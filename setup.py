@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
 CXX_FLAGS = [
     "-O3",
+    "-g0",  # Python's own flags ask for debug information, most of the file
     "-fvisibility=hidden",
     # The polynomials in csrc/math.h fuse where they mean to; anything else would differ between instruction sets.
     "-ffp-contract=off",
@@ -95,7 +96,8 @@ def configure() -> dict:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
         reason = "torch is not installed in the build environment"
-    if reason is None and find_compiler() is None:
+    compiler = find_compiler()
+    if reason is None and compiler is None:
         reason = "no C++ compiler was found"
     if reason is not None:
         if os.environ.get("BVAE_REQUIRE_EXTENSION") == "1":
@@ -105,6 +107,8 @@ def configure() -> dict:
 
     import pybind11
 
+    if compiler != "c++":  # torch's own default
+        os.environ["CXX"] = str(compiler)
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
     nvcc = find_nvcc()
     cuda_version = archs = ""
@@ -121,6 +125,8 @@ def configure() -> dict:
         """Compiles the CUDA kernels with nvcc first and hands their objects to the linker."""
 
         def build_extensions(self):
+            # Ninja knows what is out of date, a change from CPU-only to CUDA included; distutils' own test does not.
+            self.force = True
             if nvcc is not None:
                 objects = compile_cuda(nvcc, Path(self.build_temp, "cuda").absolute())
                 next(e for e in self.extensions if e.name == "bvae._C").extra_objects = objects
@@ -138,6 +144,9 @@ def configure() -> dict:
         define_macros=defines,
         extra_compile_args={"cxx": [*CXX_FLAGS, "-std=c++20"]},
         extra_link_args=link,
+        depends=[
+            str(path.relative_to(ROOT)) for pattern in ("*.h", "*.cuh", "*.cu") for path in sorted(CSRC.glob(pattern))
+        ],
         py_limited_api=True,
     )
     flags = " ".join([*CXX_FLAGS, *(["|", "nvcc", *NVCC_FLAGS] if nvcc else [])])
