@@ -114,13 +114,16 @@ class Step:
         return state
 
     def load_tensors(self, state: dict[str, Tensor]) -> None:
-        """Takes over what tensors() gave."""
+        """Takes over what tensors() gave. Raises KeyError or RuntimeError where it does not fit."""
         self.rng.copy_(state["rng"])
         self.loss.load_state_dict(under(state, "loss"))
         for name, t in self.sums.tensors().items():
             t.copy_(state[f"sums.{name}"])
         for i, p in enumerate(self.parameters):
             moments = under(state, f"adam.{i}")
+            self.optimizer.state.pop(p, None)
+            if any(t.shape != p.shape for n, t in moments.items() if n != "step"):
+                raise RuntimeError(f"the moments of parameter {i} are not of its shape {list(p.shape)}")
             if moments:
-                like = {n: t if n == "step" else torch.empty_like(p).copy_(t) for n, t in moments.items()}
+                like = {n: t.clone() if n == "step" else torch.empty_like(p).copy_(t) for n, t in moments.items()}
                 self.optimizer.state[p] = like
