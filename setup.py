@@ -25,7 +25,7 @@ CXX_FLAGS = [
     "-O3",
     "-g0",  # Python's own flags ask for debug information, most of the file
     "-fvisibility=hidden",
-    # The polynomials in csrc/math.h fuse where they mean to; anything else would differ between instruction sets.
+    # The polynomials in csrc/arithmetic.h fuse where they mean to; anything else would differ between instruction sets.
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -120,6 +120,10 @@ def configure() -> dict:
         cuda_version = match.group(1) if match else "unknown"
         archs = ";".join(architectures())
         say(f"CUDA {cuda_version} from {nvcc}, for compute capabilities {archs}")
+        if torch.version.cuda and torch.version.cuda.split(".")[0] != cuda_version.split(".")[0]:
+            say(
+                f"this torch uses CUDA {torch.version.cuda}: a driver that is enough for it may be too old for the kernels"
+            )
 
     class Build(BuildExtension):
         """Compiles the CUDA kernels with nvcc first and hands their objects to the linker."""
@@ -160,7 +164,7 @@ def configure() -> dict:
             ("BVAE_ARCHITECTURES", f'"{archs}"'),
             ("BVAE_FLAGS", f'"{flags}"'),
         ],
-        extra_compile_args={"cxx": ["-O2", "-std=c++17", "-fvisibility=hidden"]},
+        extra_compile_args={"cxx": ["-O2", "-g0", "-std=c++17", "-fvisibility=hidden"]},
         language="c++",
     )
     return {"ext_modules": [ops, host], "cmdclass": {"build_ext": Build}}
