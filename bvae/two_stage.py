@@ -21,7 +21,7 @@ from bvae.seeds import derive
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-CHUNK = 256  # images decoded at a time: bounds memory, and fixes the bits of a result whatever the number asked for
+CHUNK = 256  # images at a time: bounds memory
 VARIANCE_LOSS = 0.25  # the authors' threshold on the share of variance that the second stage loses
 
 
