@@ -121,9 +121,7 @@ def configure() -> dict:
         archs = ";".join(architectures())
         say(f"CUDA {cuda_version} from {nvcc}, for compute capabilities {archs}")
         if torch.version.cuda and torch.version.cuda.split(".")[0] != cuda_version.split(".")[0]:
-            say(
-                f"this torch uses CUDA {torch.version.cuda}: a driver that is enough for it may be too old for the kernels"
-            )
+            say(f"this torch uses CUDA {torch.version.cuda}: the driver that suits it may not run these kernels")
 
     class Build(BuildExtension):
         """Compiles the CUDA kernels with nvcc first and hands their objects to the linker."""

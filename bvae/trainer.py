@@ -32,6 +32,7 @@ from bvae.step import Step
 from bvae.two_stage import CONFIG, TwoStageVAE, to_uint8
 
 RESULTS = "results.json"
+EPOCH_BN_BATCHES = 50  # enough for a point on a curve; the final figures take --bn-batches
 MUCH_TROUBLE = 10  # the level of Sums.trouble at which a run is given up
 
 
@@ -207,6 +208,8 @@ class Trainer:
         }
         every = self.config.eval_every
         if every and (epoch % every == 0 or stage.done == stage.total):
+            kept = stage.step.statistics.clone()
+            self._recompute(stage, min(self.config.bn_batches, EPOCH_BN_BATCHES))
             scores = stage.score().figures
             record |= {"test_mse": scores["mse_sampled"], "test_kl": scores["kl"]}
             record |= {name: scores[name] for name in ("variance_law", "inactive")}
@@ -216,6 +219,7 @@ class Trainer:
             if bound < self.best:
                 self.best = bound
                 self.best_model = {name: t.clone() for name, t in self.model.state_dict().items()}
+            stage.step.statistics.copy_(kept)
         self.log.epoch(record)
 
     # ---- the stages -------------------------------------------------------------------------------------------
@@ -262,22 +266,27 @@ class Trainer:
             2, model, batches, step, c.epochs2, c.lr2, c.lr_halve2, total, lambda: score_latents(model, some, c.seed)
         )
 
+    def _recompute(self, stage: Stage, count: int) -> None:
+        """Batch-norm statistics over `count` training batches under the weights as they are, unless --bn ema."""
+        c, model = self.config, stage.model
+        if c.bn == "ema" or stage.number == 2:
+            return
+        epochs = (stage.batches.epoch(-1 - i) for i in itertools.count())  # shuffles that training does not use
+        inputs = (x for x, _ in itertools.islice(itertools.chain.from_iterable(epochs), count))
+        rng = ops.make_rng(derive(c.seed, "recompute"), self.device)
+
+        def forward(x: Tensor) -> None:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=c.amp):
+                mu, log_sigma = model.encoder(x)
+                model.decoder(ops.sample_kl(mu, log_sigma, rng).z)
+
+        recompute_statistics(model, inputs, forward)
+
     def _finish_first_stage(self) -> None:
         """Recomputes the batch-norm statistics, then measures the stage on the whole test set."""
         c, model = self.config, self.model.stage1
         figures_ema = score_images(model, self.test_images, c.seed).figures
-        if c.bn == "recompute":
-            batches = self.stage.batches
-            epochs = (batches.epoch(-1 - i) for i in itertools.count())  # shuffles that training did not use
-            inputs = (x for x, _ in itertools.islice(itertools.chain.from_iterable(epochs), c.bn_batches))
-            rng = ops.make_rng(derive(c.seed, "recompute"), self.device)
-
-            def forward(x: Tensor) -> None:
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=c.amp):
-                    mu, log_sigma = model.encoder(x)
-                    model.decoder(ops.sample_kl(mu, log_sigma, rng).z)
-
-            recompute_statistics(model, inputs, forward)
+        self._recompute(self.stage, c.bn_batches)
         scores = score_images(model, self.test_images, c.seed)
         self.results["stage1"] = {
             **scores.figures,
