@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Everything that only a machine with a GPU can tell, in one go, with a short table last.
+#
+#   tools/check_gpu.sh OUT [CIFAR10]     OUT: a new folder for logs and results; CIFAR10: the official files
+#
+# Uses the python on the PATH, which must have torch with CUDA and bvae's dependencies; installs nothing.
+#   BVAE_CUDA_ARCHS=90   compile for one architecture only
+#   DEVICE=cpu           try the script itself on a machine without a GPU
+#   STEPS=20000          steps of each stage of the CIFAR-10 run
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:?usage: tools/check_gpu.sh OUT [CIFAR10]}
+cifar=${2:-}
+device=${DEVICE:-cuda}
+steps=${STEPS:-20000}
+mkdir -p "$out" && out=$(cd "$out" && pwd)
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+table=()
+
+run() { # NAME COMMAND...: runs it into OUT/NAME.log and notes how it ended
+    local name=$1 started=$SECONDS code=0
+    shift
+    echo "== $name: $*"
+    "$@" >"$out/$name.log" 2>&1 || code=$?
+    table+=("$(printf '%-16s %-10s %5d s   %s' "$name" "$([ $code = 0 ] && echo ok || echo "FAILED $code")" \
+        $((SECONDS - started)) "$(grep -v '^$' "$out/$name.log" | tail -n 1 | cut -c1-90)")")
+}
+
+run build python setup.py build_ext --inplace
+run info python -m bvae.info
+if [ "$device" = cuda ]; then
+    run tests python -m pytest -q -m gpu
+    for tool in memcheck racecheck; do
+        run "$tool" compute-sanitizer --tool $tool --error-exitcode 9 python -m pytest -q -m gpu -k "float64_twin or gather or empty" tests/test_ops.py
+    done
+fi
+run bench_train python tools/bench_train.py --device "$device" --json "$out/bench_train.json"
+run shapes python -m bvae.train --device "$device" --out "$out/shapes"
+if [ -n "$cifar" ]; then
+    run cifar10 python -m bvae.train --preset cifar10 --data "$cifar" --amp --device "$device" --out "$out/cifar10" \
+        --max-steps "$steps"
+    run learned python -m bvae.train --preset cifar10 --data "$cifar" --amp --device "$device" --out "$out/learned" \
+        --max-steps "$steps" --balance learned
+fi
+
+echo
+printf '%s\n' "${table[@]}"
