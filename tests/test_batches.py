@@ -84,6 +84,7 @@ def test_flips_turn_input_and_target_alike_about_half_of_the_time():
     data = images(200)
     seen = torch.zeros(200, 2, dtype=torch.int64)
     flipped = 0
+    patterns = set()
     for epoch in range(10):
         for x, target in make(batch=50, hflip=True, data=data).epoch(epoch):
             assert torch.equal(x, target.float() / 255)
@@ -93,7 +94,9 @@ def test_flips_turn_input_and_target_alike_about_half_of_the_time():
             assert torch.equal(target, torch.where(turned.view(-1, 1, 1, 1), rows.flip(3), rows))
             seen[number, turned.long()] += 1
             flipped += int(turned.sum())
+            patterns.add(tuple(turned.tolist()))
     assert abs(flipped - 1000) < 5 * (2000 / 4) ** 0.5
+    assert len(patterns) == 40, "a place in the batch must not decide the flip"
     assert (seen.sum(1) == 10).all()
     assert ((seen > 0).all(1)).sum() > 190, "an image's flip must be drawn anew every epoch"
 
