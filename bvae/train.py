@@ -5,6 +5,7 @@ With no argument it trains the `shapes` preset, a small generated data set, on w
 
 import argparse
 import dataclasses
+import os
 import signal
 import sys
 import time
@@ -103,6 +104,8 @@ def summary(results: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     config, arguments = parse(sys.argv[1:] if argv is None else argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("the trainer runs on one device for now: start it with python, not with torchrun")
     if arguments.dry_run:
         dry_run(config)
         return 0
