@@ -57,6 +57,8 @@ class TwoStageVAE(nn.Module):
         c = self.config
         if images.ndim != 4 or tuple(images.shape[1:]) != (c.channels, c.side, c.side):
             raise ValueError(f"images must be [B,{c.channels},{c.side},{c.side}], not {list(images.shape)}")
+        if not (images.is_floating_point() or images.dtype == torch.uint8):
+            raise ValueError(f"images must be floats in [0,1] or uint8, not {images.dtype}")
         x = images.to(self.device)
         x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
         return x.contiguous(memory_format=torch.channels_last)

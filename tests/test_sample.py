@@ -131,7 +131,7 @@ def test_the_parser_refuses(run, arguments, capsys):
 
 
 def test_as_a_command(run, tmp_path):
-    command = [sys.executable, "-m", "bvae.sample"]
+    command = [sys.executable, "-W", "ignore", "-m", "bvae.sample"]  # where there is no extension, that is told too
     out = tmp_path / "x.npz"
     good = subprocess.run([*command, str(run), "--num", "3", "--out", str(out)], capture_output=True, text=True)
     assert good.returncode == 0, good.stderr

@@ -114,6 +114,12 @@ def test_wrong_images_are_told(model, shape):
         model.encode(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool])
+def test_integers_that_are_not_uint8_are_told(model, dtype):
+    with pytest.raises(ValueError, match=r"floats in \[0,1\] or uint8"):
+        model.encode(images().to(dtype))
+
+
 @pytest.mark.parametrize("shape", [(2, 4), (3,), (2, 3, 1)])
 def test_wrong_latents_are_told(model, shape):
     with pytest.raises(ValueError, match=r"z must be \[B,3\]"):
