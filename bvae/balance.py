@@ -150,6 +150,10 @@ class GaussianVAELoss(nn.Module):
         mse, kl_mean, gamma2, nll = out.stats.unbind()
         return Loss(out.loss, nll, kl_mean, mse, gamma2), out.sse
 
+    def current_gamma2(self) -> Tensor:
+        """The gamma^2 that the next loss will use, a scalar on the device."""
+        return self.gamma2
+
     def extra_repr(self) -> str:
         return f"kl_weight={self.kl_weight}, logits={self.logits}"
 
@@ -242,6 +246,9 @@ class LearnedGammaLoss(GaussianVAELoss):
         if self.log_gamma.dtype != kept.dtype:  # as for gamma2: moved, not rounded
             self.log_gamma.data = kept.to(self.log_gamma.device)
         return self
+
+    def current_gamma2(self) -> Tensor:
+        return torch.exp(2 * self.log_gamma.detach())
 
     def _loss(self, recon: Tensor, target: Tensor, kl: Tensor, kl_weight: float) -> Loss:
         parts, sse = self._fused(recon, target, kl, kl_weight, update=False)

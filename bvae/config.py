@@ -176,6 +176,9 @@ class Config:
         """The configuration that to_dict wrote, checked; `source` is the file named in errors."""
         hints = get_type_hints(Config)
         unknown = sorted(set(values) - set(hints))
+        missing = sorted(set(hints) - set(values))
+        if missing:
+            raise UserError(f"{source}: setting {missing[0]!r} is missing: written by another version of bvae?")
         if unknown:
             raise UserError(f"{source}: unknown setting {unknown[0]!r}: written by another version of bvae?")
         known: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}

@@ -97,6 +97,20 @@ def philox_normal(rng: Tensor, rows: int, k: int, *, first_sample: int = 0) -> T
 # ---- sampling and KL ------------------------------------------------------------------------------------------------
 
 
+@torch.library.custom_op("bvae_reference::before", mutates_args=())
+def _before(state: Tensor) -> Tensor:
+    """A copy of `state` from before it moves.
+
+    An op of its own because torch.compile would otherwise remake a plain clone in the backward, from the moved state.
+    """
+    return state.clone()
+
+
+@_before.register_fake
+def _(state: Tensor) -> Tensor:
+    return torch.empty_like(state)
+
+
 def kl(mu: Tensor, log_sigma: Tensor) -> Tensor:
     """KL(N(mu, sigma^2) || N(0, 1)) of every latent: 1/2 (mu^2 + sigma^2 - 2 log sigma - 1), in mu's shape."""
     return 0.5 * (mu.square() + (torch.expm1(2 * log_sigma) - 2 * log_sigma))
@@ -112,7 +126,7 @@ def sample_kl(mu: Tensor, log_sigma: Tensor, rng: Tensor, *, first_sample: int =
     shape, dtype, sums = mu.shape, mu.dtype, sum_dtype(mu.dtype)
     batch, k = shape[0], math.prod(shape[1:])
     m, ls = mu.reshape(batch, k).to(sums), log_sigma.reshape(batch, k).to(sums)
-    eps = philox_normal(rng, batch, k, first_sample=first_sample).to(sums)
+    eps = philox_normal(_before(rng), batch, k, first_sample=first_sample).to(sums)
     if advance:
         rng[1] += 1
     sigma = ls.exp()
@@ -163,7 +177,7 @@ def balanced_loss(
         x = x / 255
     x_hat = recon.to(sums).sigmoid() if logits else recon.to(sums)
     sse = (x_hat - x).square().sum()
-    used = gamma2.detach().clone()
+    used = _before(gamma2.detach())
     g2, kl = used.to(sums), kl.to(sums).reshape(())
     constant = 0.5 * per_sample * (g2.log() + math.log(2 * math.pi))
     nll = sse / (2 * batch * g2) + constant if batch else sse + constant

@@ -185,7 +185,7 @@ class Trainer:
             )
         good = sums.counts[0].item()
         means = dict(zip(sums.NAMES, (sums.parts / max(good, 1)).tolist(), strict=True))
-        return {**means, "gamma2": stage.step.loss.gamma2.item()}
+        return {**means, "gamma2": stage.step.loss.current_gamma2().item()}
 
     def _end_epoch(self, stage: Stage, epoch: int) -> None:
         """Writes the epoch's line, measures the test loss when it is due and keeps the best model."""
@@ -314,9 +314,7 @@ class Trainer:
 
     @staticmethod
     def _gamma(stage: Stage) -> dict[str, float]:
-        loss = stage.step.loss
-        log_gamma = getattr(loss, "log_gamma", None)
-        gamma2 = loss.gamma2.item() if log_gamma is None else math.exp(2 * log_gamma.item())
+        gamma2 = stage.step.loss.current_gamma2().item()
         return {"gamma2": gamma2, "gamma": math.sqrt(gamma2)}
 
     def _factors(self, scores: Scores) -> dict[str, Any]:
