@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -112,13 +113,11 @@ class Trainer:
         self.quiet = quiet
 
         if state is None:
-            with writing(folder):
-                (folder / "checkpoints").mkdir(parents=True)
             self.stage = self._first_stage()
-            self._write_config()
-            self.save()
+            self._begin()
         else:
             self._restore(*state)
+            self._write_config()  # what may change has perhaps changed
         finished = {1: self.stage.finished_epochs}
         if self.stage.number == 2:
             finished = {1: 10**9, 2: self.stage.finished_epochs}
@@ -162,10 +161,11 @@ class Trainer:
                     self.log.step(self.config.log_every, self._look(stage))
                 due = time.monotonic() - self.saved_at > self.config.checkpoint_seconds
                 if due or self.stop is not None:
-                    stage.seconds, started = stage.seconds + time.monotonic() - started, time.monotonic()
+                    stage.seconds += time.monotonic() - started
                     self.save()
                     if self.stop is not None:
                         raise Interrupted(self.stop, f"stopped in stage {stage.number} after step {stage.done}")
+                    started = time.monotonic()
             self._look(stage)  # waits for the device, so that the clock counts its work
             stage.seconds += time.monotonic() - started
             if stage.done % steps == 0:
@@ -333,6 +333,17 @@ class Trainer:
 
     # ---- state on disk ----------------------------------------------------------------------------------------
 
+    def _begin(self) -> None:
+        """Makes the run's folder, with its configuration and a first checkpoint, or leaves nothing behind."""
+        with writing(self.folder):
+            (self.folder / "checkpoints").mkdir(parents=True)
+        try:
+            self._write_config()
+            self.save()
+        except BaseException:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+
     def _write_config(self) -> None:
         values = {
             "model": "bvae",
@@ -382,6 +393,8 @@ class Trainer:
                 f"{self.folder}: cannot resume with --{name.replace('_', '-')} {getattr(self.config, name)}: the run "
                 f"has {getattr(saved, name)}, and that defines it; start a new run"
             )
+        if description["stage"] == 2 and self.config.epochs != saved.epochs:
+            raise UserError(f"{self.folder}: cannot resume with --epochs {self.config.epochs}: stage 1 has ended")
         if description["data_digest"] != self.data.digest:
             raise UserError(
                 f"{self.folder}: cannot resume: {self.data.name} is not the data the run was trained on "

@@ -133,7 +133,8 @@ def test_computed_gamma_keeps_the_balance_and_a_fixed_one_does_not(tmp_path: Pat
     train(tmp_path / "computed", *more, "--epochs", "26")
     tail = read_metrics(tmp_path / "computed")[16:]  # gamma2 falls by 1 % a step at most, from 1: 640 steps
     assert tail[-1]["mse"] < 0.85 * tail[0]["mse"], "the error should still be falling"
-    assert all(abs(r["balance"] - 0.5) < 0.05 for r in tail), [r["balance"] for r in tail]
+    balance = [r["balance"] for r in tail]
+    assert abs(np.mean(balance) - 0.5) < 0.04 and all(abs(b - 0.5) < 0.06 for b in balance), balance
     gamma = str(tail[0]["gamma2"] ** 0.5)
     train(tmp_path / "fixed", *more, "--epochs", "26", "--balance", "fixed", "--gamma", gamma)
     assert abs(read_metrics(tmp_path / "fixed")[-1]["balance"] - 0.5) > 0.08
@@ -257,6 +258,7 @@ def test_resuming_a_finished_run_changes_nothing_and_more_epochs_go_on(run: Path
     assert main(["--resume", str(out)]) == 0
     assert (out / "model.safetensors").read_bytes() == before
     assert main(["--resume", str(out), "--epochs2", "4"]) == 0
+    assert json.loads((out / "config.json").read_text())["config"]["epochs2"] == 4
     assert [r["epoch"] for r in read_metrics(out) if r["stage"] == 2] == [1, 2, 3, 4]
     assert (out / "model.safetensors").read_bytes() != before
 
@@ -329,6 +331,10 @@ def test_refuses_to_resume_another_run(run: Path, argv: list[str], capsys: pytes
     assert f"cannot resume with {argv[0]}" in fails(capsys, "--resume", str(run), *argv)
 
 
+def test_refuses_more_epochs_of_a_stage_that_has_ended(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "stage 1 has ended" in fails(capsys, "--resume", str(run), "--epochs", "5")
+
+
 def test_refuses_to_resume_on_other_data(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(tmp_path / "other.npy", np.random.default_rng(0).integers(0, 256, (400, 16, 16, 3), np.uint8))
     assert "is not the data the run was trained on" in fails(
@@ -386,7 +392,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith("error: cannot write ") and len(done.stderr.splitlines()) == 1
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.iterdir()), "a run that could not begin leaves no folder"
 
 
 def test_a_run_that_diverges_stops_with_its_last_good_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
