@@ -57,7 +57,7 @@ def find_nvcc() -> Path | None:
 
 def architectures() -> list[str]:
     """The compute capabilities to compile for, oldest first, such as ["80", "90"]."""
-    wanted = re.split(r"[;,\s]+", os.environ.get("BVAE_CUDA_ARCHS", "80;90;100").strip())
+    wanted = re.split(r"[;,\s]+", os.environ.get("BVAE_CUDA_ARCHS", "80;90;100").strip())  # 100 needs CUDA 12.8
     if not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in wanted):
         raise SystemExit(f"bvae: BVAE_CUDA_ARCHS must look like 80;90, got {';'.join(wanted)!r}")
     return sorted(wanted, key=lambda arch: int(re.sub(r"\D", "", arch)))
@@ -66,7 +66,8 @@ def architectures() -> list[str]:
 def code_flags(archs: list[str]) -> list[str]:
     """nvcc's flags for machine code of every architecture and PTX of the newest, for GPUs to come."""
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    newest = re.sub(r"\D", "", archs[-1])  # PTX for an architecture with a suffix runs on that one alone
+    return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 
 
 def compile_cuda(nvcc: Path, folder: Path) -> list[str]:
@@ -82,7 +83,11 @@ def compile_cuda(nvcc: Path, folder: Path) -> list[str]:
         fresh = target.exists() and stamp.exists() and stamp.read_text() == shlex.join(command)
         if not fresh or target.stat().st_mtime < newest:
             say(shlex.join(command))
-            subprocess.run(command, check=True)
+            if subprocess.run(command).returncode:
+                raise SystemExit(
+                    f"bvae: nvcc could not compile {source.name}; BVAE_CUDA_ARCHS (now {';'.join(architectures())}) "
+                    "chooses the architectures, NVCC_CCBIN the host compiler, BVAE_CUDA=0 builds for the CPU only"
+                )
             stamp.write_text(shlex.join(command))
         objects.append(str(target))
     return objects
@@ -139,7 +144,8 @@ def configure() -> dict:
     if nvcc is not None:
         defines.append(("BVAE_WITH_CUDA", None))
         libraries = next((p for p in (nvcc.parents[1] / "lib64", nvcc.parents[1] / "lib") if p.is_dir()), None)
-        link += [f"-L{libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        link += [f"-L{libraries}"] if libraries else []
+        link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     ops = CppExtension(
         "bvae._C",
         [str(path.relative_to(ROOT)) for path in sorted(CSRC.glob("*.cpp")) if path.name != "host.cpp"],

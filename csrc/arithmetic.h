@@ -193,13 +193,14 @@ BVAE_HD double loss_coefficient(double g_loss, double g_sse, double gamma2, doub
   return g_loss / (gamma2 * batch) + 2.0 * g_sse;
 }
 
-// max(floor, min(gamma2, decay gamma2 + (1 - decay) mse)); a non-finite mse is refused.
+// max(floor, min(gamma2, decay gamma2 + (1 - decay) mse)); a non-finite mse is refused. A gamma2 that is
+// NaN stays NaN: the floor would turn it into a huge weight of the reconstruction.
 BVAE_HD bool move_gamma2(float* gamma2, double mse, double decay, double floor) {
   if (!(mse - mse == 0.0)) return false;
   const double now = *gamma2;
   const double mixed = decay * now + (1.0 - decay) * mse;
   const double low = mixed < now ? mixed : now;
-  *gamma2 = static_cast<float>(low > floor ? low : floor);
+  *gamma2 = static_cast<float>(low < floor ? floor : low);
   return true;
 }
 

@@ -120,7 +120,10 @@ __device__ __forceinline__ void store_scalar(void* p, bool is_double, double val
 #define BVAE_CUDA_TRY(call)                                     \
   do {                                                          \
     const cudaError_t error_ = (call);                          \
-    if (error_ != cudaSuccess) return static_cast<int>(error_); \
+    if (error_ != cudaSuccess) {                                \
+      cudaGetLastError(); /* else the next launch reports it */ \
+      return static_cast<int>(error_);                          \
+    }                                                           \
   } while (0)
 
 // The scratch memory of a last-block kernel: a ticket, then partial sums from byte 16 on.

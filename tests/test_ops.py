@@ -557,7 +557,8 @@ def test_a_replayed_graph_draws_new_noise():
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        ops.sample_kl(mu, mu, rng)
+        z, kl, _ = ops.sample_kl(mu, mu, rng)
+        ops.balanced_loss(z, target, kl, gamma2, skipped, logits=True, update=False)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
