@@ -10,7 +10,10 @@ TORCH ?= torch>=2.11
 PYTHON ?= python3
 ARGS ?=
 
+empty :=
+space := $(empty) $(empty)
 VENV := .venv
+STAMP := $(VENV)/torch-$(subst $(space),_,$(subst ",,$(subst >,_,$(subst <,_,$(subst =,_,$(TORCH))))))
 BIN := $(VENV)/bin
 
 .PHONY: train test install clean
@@ -24,12 +27,12 @@ test: install
 install: $(VENV)/installed
 
 # Torch comes first and the build uses it as it is: an isolated build would fetch another one and compile against that.
-$(VENV)/torch: Makefile
+$(STAMP): Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade '$(TORCH)' 'setuptools>=77' wheel ninja pybind11
-	touch $@
+	touch '$@'
 
-$(VENV)/installed: $(VENV)/torch pyproject.toml setup.py $(wildcard csrc/*)
+$(VENV)/installed: $(STAMP) pyproject.toml setup.py $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test]'
 	touch $@
 

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bvae import ops, reference
-from bvae.config import auto_kl_weight
 
 DECAY = 0.99  # weight of the old gamma2 in the running estimate, the authors' code
 FLOOR = 1e-8  # ours: keeps 1/gamma2 finite when the reconstruction becomes exact
@@ -129,7 +128,7 @@ class GaussianVAELoss(nn.Module):
             raise ValueError(f"kl_weight 'auto' needs square images [B,C,side,side], not {tuple(recon.shape)}")
         if not latents:
             raise ValueError("kl_weight 'auto' needs the number of latents: give mu, or latents beside kl")
-        return auto_kl_weight(recon.shape[2], latents)
+        return reference.auto_kl_weight(recon.shape[2], latents)
 
     def _loss(self, recon: Tensor, target: Tensor, kl: Tensor, kl_weight: float) -> Loss:
         raise NotImplementedError
@@ -253,9 +252,8 @@ class LearnedGammaLoss(GaussianVAELoss):
     def _loss(self, recon: Tensor, target: Tensor, kl: Tensor, kl_weight: float) -> Loss:
         parts, sse = self._fused(recon, target, kl, kl_weight, update=False)
         samples = max(recon.shape[0], 1)
-        elements = math.prod(recon.shape[1:])
         gamma2 = torch.exp(2 * self.log_gamma)
-        nll = sse / (2 * gamma2 * samples) + elements * (self.log_gamma + 0.5 * math.log(2 * math.pi))
+        nll = reference.gaussian_nll(sse, gamma2, recon.shape[0], math.prod(recon.shape[1:]))
         loss = nll + kl_weight * kl / samples
         return Loss(loss, nll.detach(), parts.kl, parts.mse, gamma2.detach())
 

@@ -16,14 +16,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from bvae.errors import UserError
-from bvae.files import encode_json, write_atomically
+from bvae.files import encode_json, exists, write_atomically
 
 FORMAT = 1
 LAST = "checkpoints/last.safetensors"  # in a run's folder
 BEST = "checkpoints/best.safetensors"
 
 
-def _digest(tensors: Mapping[str, Tensor], description: str) -> str:
+def digest(tensors: Mapping[str, Tensor], description: str = "") -> str:
+    """SHA-256 over the names, types, shapes and values of tensors on the CPU, and a description."""
     h = hashlib.sha256(description.encode())
     for name in sorted(tensors):
         t = tensors[name]
@@ -39,7 +40,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], description: Mapp
     """
     host = {name: t.detach().to("cpu", copy=False).contiguous() for name, t in tensors.items()}
     text = encode_json(description)
-    metadata = {"bvae": text, "bvae_format": str(FORMAT), "bvae_sha256": _digest(host, text)}
+    metadata = {"bvae": text, "bvae_format": str(FORMAT), "bvae_sha256": digest(host, text)}
     write_atomically(path, save(host, metadata))
 
 
@@ -48,14 +49,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[dic
 
     Raises UserError naming `path` where it is missing, truncated, not one of ours, of another format or altered.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such checkpoint")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: truncated or not a checkpoint ({error})") from error
+    tensors, metadata = read_tensors(path)
     if "bvae_format" not in metadata:
         raise UserError(f"{path}: a safetensors file, but not a checkpoint of bvae")
     if metadata["bvae_format"] != str(FORMAT):
@@ -63,9 +57,20 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[dic
             f"{path}: checkpoint format {metadata['bvae_format']}, this version of bvae reads format {FORMAT}"
         )
     text = metadata.get("bvae", "")
-    if metadata.get("bvae_sha256") != _digest(tensors, text):
+    if metadata.get("bvae_sha256") != digest(tensors, text):
         raise UserError(f"{path}: its content does not match its SHA-256: damaged or edited by hand")
     return {name: t.to(device) for name, t in tensors.items()}, json.loads(text)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A safetensors file's tensors, on the CPU, and its metadata. Raises UserError naming `path` if it is not one."""
+    if not exists(path):
+        raise UserError(f"{path}: there is no such file")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: truncated or not a safetensors file ({error})") from error
 
 
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -12,9 +12,23 @@ from typing import Any, Literal, get_type_hints
 from typeguard import TypeCheckError, check_type
 
 from bvae.errors import UserError
+from bvae.reference import auto_kl_weight
 
 Balance = Literal["computed", "learned", "fixed"]
 L2Group = Literal["encoder.downsample", "encoder.scales", "decoder.upsample", "decoder.scales"]
+
+
+MOST = {
+    "side": 4096,
+    "base": 4096,
+    "blocks": 1000,
+    "latents": 65_536,
+    "fc": 65_536,
+    "hidden": 65_536,
+    "batch": 1_000_000,
+    "shapes_train": 10_000_000,
+    "shapes_test": 10_000_000,
+}
 
 
 def _free(**kwargs: Any) -> Any:
@@ -110,9 +124,6 @@ class Config:
     checkpoint_seconds: float = _free(default=60.0)
     """Seconds between two checkpoints."""
 
-    def steps_per_epoch(self, images: int) -> int:
-        return images // self.batch
-
     def resolved_kl_weight(self) -> float:
         """`auto` keeps the balance found at 32x32 with 64 latents: (2*side/k)^2."""
         return auto_kl_weight(self.side, self.latents) if self.kl_weight == "auto" else float(self.kl_weight)
@@ -132,20 +143,22 @@ class Config:
 
         for name in ("scales", "blocks", "base", "latents", "fc", "hidden", "batch", "lr_halve", "lr_halve2"):
             need(getattr(self, name) >= 1, f"--{_flag(name)} must be at least 1, not {getattr(self, name)}")
-        for name in ("shapes_train", "shapes_test", "bn_batches", "epochs", "log_every"):
+        for name in ("shapes_train", "shapes_test", "bn_batches", "epochs", "log_every", "eval_images"):
             need(getattr(self, name) >= 1, f"--{_flag(name)} must be at least 1, not {getattr(self, name)}")
-        for name in ("epochs2", "eval_every", "eval_images"):
+        for name in ("epochs2", "eval_every"):
             need(getattr(self, name) >= 0, f"--{_flag(name)} must not be negative")
+        for name, most in MOST.items():  # what no machine could hold anyway, refused before it is tried
+            need(getattr(self, name) <= most, f"--{_flag(name)} must be at most {most}, not {getattr(self, name)}")
         for name in ("lr", "lr2"):
             value = getattr(self, name)
             need(0 < value < math.inf, f"--{_flag(name)} must be a positive number, not {value}")
         need(0 <= self.l2 < math.inf, f"--l2 must be a number of at least 0, not {self.l2}")
         need(power_of_two(self.side) and self.side >= 4, f"--side must be a power of two from 4, not {self.side}")
         need(self.channels in (1, 3), f"--channels must be 1 or 3, not {self.channels}")
-        most = int(math.log2(self.side)) + 1
-        need(self.scales <= most, f"--scales {self.scales} does not fit a side of {self.side}: at most {most}")
+        fits = int(math.log2(self.side)) + 1
+        need(self.scales <= fits, f"--scales {self.scales} does not fit a side of {self.side}: at most {fits}")
         need(
-            self.batch > 1 or self.scales < most,
+            self.batch > 1 or self.scales < fits,
             "--batch 1 needs fewer --scales: batch norm cannot normalise one pixel",
         )
         need(self.max_steps is None or self.max_steps >= 1, f"--max-steps must be at least 1, not {self.max_steps}")
@@ -155,6 +168,7 @@ class Config:
         need(
             bool(self.l2) == bool(self.l2_on), "--l2 and --l2-on go together: name a weight and the kernels it acts on"
         )
+        need(bool(self.epochs2) or not self.rescale, "--rescale needs a second stage: it contradicts --epochs2 0")
         need(len(set(self.l2_on)) == len(self.l2_on), "--l2-on names the same kernels twice")
         if self.kl_weight != "auto":
             weight = float(self.kl_weight)
@@ -204,11 +218,6 @@ class Config:
 
 def _flag(name: str) -> str:
     return name.replace("_", "-")
-
-
-def auto_kl_weight(side: int, latents: int) -> float:
-    """(2*side/k)^2: 1 for 32x32 with 64 latents, 4 for 64x64 with 64."""
-    return (2 * side / latents) ** 2
 
 
 _CIFAR10 = Config()

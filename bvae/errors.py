@@ -4,8 +4,6 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-import torch
-
 
 class UserError(Exception):
     """An error the user can mend. Its text is one clear line; command lines print it to stderr and exit with 2."""
@@ -18,9 +16,14 @@ def run_command(command: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         code = 2
-    except torch.OutOfMemoryError as error:
-        reason = str(error).split(".")[0]
-        print(f"error: the GPU is out of memory ({reason}): lower --batch or --base, or use --amp", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "out of memory"
+        if not (isinstance(error, MemoryError) or "out of memory" in reason or "allocate memory" in reason):
+            raise
+        print(f"error: not enough memory ({reason}): use fewer or smaller images, or --amp", file=sys.stderr)
+        code = 2
+    except OSError as error:
+        print(f"error: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

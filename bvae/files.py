@@ -20,6 +20,17 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def exists(path: Path) -> bool:
+    """Whether there is something at `path`. Raises UserError where that cannot be told: no permission, no such name."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be used: {getattr(error, 'strerror', None) or error}") from error
+    return True
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes `data` to `path` so that the file holds all of it or what it held before, whatever happens on the way.
 
@@ -27,6 +38,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     given file at a time; a temporary left by a killed one is overwritten by the next. Raises UserError where the
     folder or the disk does not allow it.
     """
+    if not path.name or path.is_dir():
+        raise UserError(f"cannot write {path}: not the name of a file")
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         try:

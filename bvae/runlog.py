@@ -292,17 +292,25 @@ class RunLog:
             events.flush()
 
     def start(
-        self, stage: int, epochs: int, steps_per_epoch: int, first_step: int = 0, *, images_per_step: int = 0
+        self,
+        stage: int,
+        epochs: int,
+        steps_per_epoch: int,
+        first_step: int = 0,
+        *,
+        images_per_step: int = 0,
+        total_steps: int | None = None,
     ) -> None:
         """Begin the display of a stage, and end that of the one before.
 
         epochs: of the whole stage; first_step: steps already done, not 0 after a resume; images_per_step: of one call
-        to `step` with n = 1, for the live images/s in the terminal (0: not shown until the first epoch is over).
+        to `step` with n = 1, for the live images/s in the terminal (0: not shown until the first epoch is over);
+        total_steps: of the stage, where it ends before its last epoch does.
         """
         self._stop_bar()
         self._stage, self._epochs, self._steps_per_epoch = stage, epochs, steps_per_epoch
         self._images_per_step = images_per_step
-        self._first, self._done, self._total = first_step, first_step, epochs * steps_per_epoch
+        self._first, self._done, self._total = first_step, first_step, total_steps or epochs * steps_per_epoch
         self._started = self._refreshed = time.monotonic()
         self._values: dict[str, Any] = {}
         if self._console is None:

@@ -12,6 +12,8 @@ from bvae.files import write_atomically
 from bvae.machine import pick_device
 from bvae.two_stage import load, to_uint8
 
+MOST = 1_000_000  # images of one call: they are held in memory
+
 
 def positive(text: str) -> int:
     value = int(text)
@@ -36,6 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.out.suffix not in (".png", ".npz"):
         raise UserError(f"--out {args.out}: must end in .png or .npz")
     model = load(args.run, checkpoint=args.checkpoint, device=pick_device(args.device))
+    if args.num > MOST:
+        raise UserError(f"--num {args.num}: at most {MOST} at a time; another --seed draws others")
     images = to_uint8(model.sample(args.num, args.stage, args.seed))
     if args.out.suffix == ".png":
         figures.save_png(args.out, figures.image_grid(images, args.columns))

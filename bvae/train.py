@@ -19,7 +19,7 @@ from bvae.checkpoint import LAST
 from bvae.config import PRESETS, Config, find_preset
 from bvae.datasource import load_data
 from bvae.errors import UserError, run_command
-from bvae.files import encode_json
+from bvae.files import encode_json, exists
 from bvae.machine import has_bf16, pick_device
 from bvae.models.vae import count_parameters, first_stage, second_stage
 from bvae.trainer import Interrupted, Trainer
@@ -105,18 +105,18 @@ def summary(results: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     config, arguments = parse(sys.argv[1:] if argv is None else argv)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("the trainer runs on one device for now: start it with python, not with torchrun")
     if arguments.dry_run:
         dry_run(config)
         return 0
     if arguments.resume is None:
         folder = arguments.out or Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-        if folder.exists():
+        if exists(folder):
             raise UserError(f"{folder}: exists already; choose another --out, or go on with --resume {folder}")
     else:
         folder = arguments.resume
-        if not (folder / LAST).exists():
+        if not exists(folder / LAST):
             raise UserError(f"{folder}: has no checkpoint to resume from ({LAST})")
     # Adam's moments of units that have died decay into denormal numbers, which halve the speed of a CPU. Set before the
     # first parallel operation, so that torch's threads inherit it.

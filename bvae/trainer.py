@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -21,9 +22,9 @@ from bvae.config import Config
 from bvae.data import Dataset
 from bvae.data.shapes import FACTOR_TYPES
 from bvae.errors import UserError
-from bvae.files import encode_json, write_atomically, writing
+from bvae.files import encode_json, exists, write_atomically, writing
 from bvae.machine import describe_device, pick_device, versions
-from bvae.metrics.latent import factor_correlation, inactive
+from bvae.metrics.latent import INACTIVE, factor_correlation, inactive, latent_variances
 from bvae.models.norm import recompute_statistics
 from bvae.models.vae import VAE, l2_kernels
 from bvae.runlog import RunLog, read_metrics
@@ -65,6 +66,10 @@ class Stage:
     seconds: float = 0.0
     """spent in them"""
 
+    def lr_in(self, epoch: int) -> float:
+        """The learning rate in `epoch`, counted from 0."""
+        return self.lr * 0.5 ** (epoch // self.lr_halve)
+
     @property
     def finished_epochs(self) -> int:
         return self.done // self.batches.steps
@@ -98,7 +103,7 @@ class Trainer:
         state = load_checkpoint(folder / LAST) if resume else None
         if state is not None:
             self._check_same_run(state[1])
-        elif folder.exists():
+        elif exists(folder):
             raise UserError(f"{folder}: exists already; choose another --out, or go on with --resume {folder}")
 
         torch.manual_seed(derive(config.seed, "weights"))
@@ -130,15 +135,16 @@ class Trainer:
         with self.log:
             if self.stage.number == 1:
                 self.train(self.stage)
-                self._finish_first_stage()
+                if self.results.get("stage1", {}).get("steps") != self.stage.done:  # else resumed after this
+                    self._finish_first_stage()
                 if self.config.epochs2:
                     self.stage = self._second_stage()
-                    self.best = math.inf
-                    self.save()
+                    self.best, self.best_model = math.inf, None
+                self._save_or_stop()
             if self.stage.number == 2:
                 self.train(self.stage)
                 self._finish_second_stage()
-            self.save()
+                self._save_or_stop()
             self._draw()
         self.model.save_weights(self.folder)
         write_atomically(self.folder / RESULTS, encode_json(self.results, indent=2).encode())
@@ -147,32 +153,47 @@ class Trainer:
     def train(self, stage: Stage) -> None:
         """The loop, for either stage. The host looks at the device at log points, checkpoints and epoch ends only."""
         steps = stage.batches.steps
-        self.log.start(stage.number, stage.epochs, steps, stage.done, images_per_step=stage.batches.batch)
+        self.log.start(
+            stage.number,
+            math.ceil(stage.total / steps),
+            steps,
+            stage.done,
+            images_per_step=stage.batches.batch,
+            total_steps=stage.total,
+        )
         while stage.done < stage.total:
             epoch, first = divmod(stage.done, steps)
             stage.model.train()
             stage.step.loss.train()
-            stage.step.set_lr(stage.lr * 0.5 ** (epoch // stage.lr_halve))
+            stage.step.set_lr(stage.lr_in(epoch))
             started = time.monotonic()
             for x, target in itertools.islice(stage.batches.epoch(epoch, first), stage.total - stage.done):
                 stage.step(x, target)
                 stage.done += 1
-                if stage.done % self.config.log_every == 0:
-                    self.log.step(self.config.log_every, self._look(stage))
-                due = time.monotonic() - self.saved_at > self.config.checkpoint_seconds
-                if due or self.stop is not None:
+                self.log.step(1, self._look(stage) if stage.done % self.config.log_every == 0 else None)
+                # Not at an epoch's last step: a checkpoint between it and the epoch's end would lose that end.
+                if stage.done % steps and self._due():
                     stage.seconds += time.monotonic() - started
-                    self.save()
-                    if self.stop is not None:
-                        raise Interrupted(self.stop, f"stopped in stage {stage.number} after step {stage.done}")
+                    self._save_or_stop()
                     started = time.monotonic()
             self._look(stage)  # waits for the device, so that the clock counts its work
             stage.seconds += time.monotonic() - started
             if stage.done % steps == 0:
                 self._end_epoch(stage, epoch + 1)
                 stage.step.sums.reset()
+                if self._due():
+                    self._save_or_stop()
         if stage.done % steps:  # --max-steps ended the stage in mid-epoch; its sums stay, for a resume with more steps
             self._end_epoch(stage, stage.done // steps + 1)
+
+    def _due(self) -> bool:
+        return self.stop is not None or time.monotonic() - self.saved_at > self.config.checkpoint_seconds
+
+    def _save_or_stop(self) -> None:
+        """Writes a checkpoint; then ends the run where a signal asked for it."""
+        self.save()
+        if self.stop is not None:
+            raise Interrupted(self.stop, f"stopped in stage {self.stage.number} after step {self.stage.done}")
 
     def _look(self, stage: Stage) -> dict[str, float]:
         """Means since the epoch's start; ends the run where too many steps were not finite."""
@@ -181,10 +202,10 @@ class Trainer:
             self.save()
             raise UserError(
                 f"stage {stage.number}, step {stage.done}: too many steps with a loss or gradient that is not finite; "
-                f"they were undone and the last good state is in {self.folder / LAST} (a lower --lr may help)"
+                f"they were undone, the last good state is in {self.folder / LAST}; start a new run with a lower --lr"
             )
         good = sums.counts[0].item()
-        means = dict(zip(sums.NAMES, (sums.parts / max(good, 1)).tolist(), strict=True))
+        means = dict(zip(sums.NAMES, (sums.parts / (good or math.nan)).tolist(), strict=True))
         return {**means, "gamma2": stage.step.loss.current_gamma2().item()}
 
     def _end_epoch(self, stage: Stage, epoch: int) -> None:
@@ -198,7 +219,7 @@ class Trainer:
             "epoch": epoch,
             "step": stage.done,
             **means,
-            "lr": stage.step.optimizer.param_groups[0]["lr"],
+            "lr": stage.lr_in(epoch - 1),
             "skipped": int(bad),
             "images_per_s": stage.done * stage.batches.batch / max(stage.seconds, 1e-9),
             "seconds": stage.seconds,
@@ -207,7 +228,7 @@ class Trainer:
             "latent_kl": moments[3].tolist(),
         }
         every = self.config.eval_every
-        if every and (epoch % every == 0 or stage.done == stage.total):
+        if (every and epoch % every == 0) or stage.done == stage.total:
             kept = stage.step.statistics.clone()
             self._recompute(stage, min(self.config.bn_batches, EPOCH_BN_BATCHES))
             scores = stage.score().figures
@@ -297,6 +318,7 @@ class Trainer:
             "mse_sampled_bn_ema": figures_ema["mse_sampled"],
             "mse_mean_bn_ema": figures_ema["mse_mean"],
         }
+        self._refuse_divergence(1)
         if self.data.factors is not None:
             self.results["factors"] = self._factors(scores)
 
@@ -309,8 +331,24 @@ class Trainer:
             "steps": stage.done,
             "latents_per_s": stage.done * c.batch / max(stage.seconds, 1e-9),
         }
+        self._refuse_divergence(2)
         measured = self.model.measure_rescale(*self.posterior, seed=c.seed)
         self.results["rescale"] = {**measured, "applied": self.model.rescales}
+        self.save()  # the best model too, which needs a rescale of its own to be sampled from
+        tensors, description = load_checkpoint(self.folder / BEST)
+        best = TwoStageVAE(c)
+        best.load_tensors(under(tensors, "model"), self.folder / BEST)
+        best.to(self.device).measure_rescale(*self.posterior, seed=c.seed)
+        save_checkpoint(self.folder / BEST, prefixed(best.state_dict(), "model"), description)
+
+    def _refuse_divergence(self, number: int) -> None:
+        """Ends the run where a stage's final figures are not finite."""
+        for name, value in self.results[f"stage{number}"].items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(
+                    f"{self.folder}: stage {number} has ended with {name} {value}: its weights have diverged; start a "
+                    "new run with a lower --lr"
+                )
 
     @staticmethod
     def _gamma(stage: Stage) -> dict[str, float]:
@@ -321,12 +359,12 @@ class Trainer:
         factors = self.data.factors
         assert factors is not None
         mu = scores.posterior.mu.cpu().numpy()
-        sigma2 = (2 * scores.posterior.log_sigma.double()).exp().mean(0)
+        active = ~inactive(latent_variances(*scores.posterior)[1])
         return {
             "names": list(factors.names),
             "true": len(factors.names),
-            "active": int((~inactive(sigma2)).sum()),
-            "active_latents": (~inactive(sigma2)).nonzero().flatten().tolist(),
+            "active": int(active.sum()),
+            "active_latents": active.nonzero().flatten().tolist(),
             "latent_kl": scores.latent_kl.tolist(),
             "correlation": factor_correlation(mu, factors.test, FACTOR_TYPES).round(4).tolist(),
         }
@@ -334,15 +372,20 @@ class Trainer:
     # ---- state on disk ----------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        """Makes the run's folder, with its configuration and a first checkpoint, or leaves nothing behind."""
-        with writing(self.folder):
-            (self.folder / "checkpoints").mkdir(parents=True)
+        """Makes the run's folder with its configuration and a first checkpoint: under another name, then renamed."""
+        folder = self.folder
+        self.folder = folder.with_name(f".{folder.name}.{os.getpid()}")
         try:
+            with writing(folder):
+                (self.folder / "checkpoints").mkdir(parents=True)
             self._write_config()
             self.save()
+            with writing(folder):
+                self.folder.rename(folder)
         except BaseException:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
+        self.folder = folder
 
     def _write_config(self) -> None:
         values = {
@@ -411,6 +454,7 @@ class Trainer:
         stage.done, stage.seconds = description["step"], description["seconds"]
         try:
             stage.step.load_tensors({name: t.to(self.device) for name, t in under(tensors, "step").items()})
+            stage.step.sums.trouble.zero_()  # what stopped a run is given another chance
             for name, t in stage.batches.state().items():
                 t.copy_(tensors[f"batches.{name}"])
         except (KeyError, RuntimeError) as error:
@@ -430,8 +474,9 @@ class Trainer:
             figures.save_png(self.folder / f"{name}.png", picture)
             self.log.image(name, picture, self.stage.finished_epochs)
         records = read_metrics(self.folder)
-        figures.curves(records, self.folder / "curves.png")
-        figures.latent_curves(records, self.folder / "latents.png")
+        if any(r["stage"] == 1 for r in records):  # somebody may have removed the file
+            figures.curves(records, self.folder / "curves.png")
+            figures.latent_curves(records, self.folder / "latents.png", INACTIVE)
         if "factors" in self.results:
             f = self.results["factors"]
             active = np.zeros(self.config.latents, bool)

@@ -7,15 +7,15 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from bvae import ops
-from bvae.checkpoint import BEST, LAST, load_checkpoint, under
+from bvae.checkpoint import BEST, LAST, digest, load_checkpoint, read_tensors, under
 from bvae.config import Config
 from bvae.errors import UserError
-from bvae.files import encode_json, write_atomically, writing
+from bvae.files import encode_json, exists, write_atomically, writing
+from bvae.metrics.latent import latent_variances, variance_law
 from bvae.models.vae import first_stage, second_stage
 from bvae.seeds import derive
 
@@ -121,9 +121,10 @@ class TwoStageVAE(nn.Module):
         self.eval()
         z_hat = torch.cat([self.stage2.decoder(self.stage2.encoder(part)[0]) for part in _split(mu)]).double()
         mu = mu.double()
-        lost = mu.var(0, correction=0).mean() - z_hat.var(0, correction=0).mean()
+        var_mu, sigma2 = latent_variances(mu, log_sigma)
+        lost = var_mu.mean() - z_hat.var(0, correction=0).mean()
         self.variance_loss.copy_(lost / (mu - z_hat).square().mean())
-        law = (mu.var(0, correction=0) + (2 * log_sigma.double()).exp().mean(0)).mean()
+        law = variance_law(var_mu, sigma2)
         std = self.sample_latents(samples, 2, seed, rescale=False).double().std(0, correction=0).mean()
         self.latent_scale.copy_(torch.stack([law.sqrt(), law.sqrt() / std]))
         scale1, scale2 = self.latent_scale.tolist()
@@ -141,7 +142,7 @@ class TwoStageVAE(nn.Module):
 
     def save_weights(self, folder: Path) -> None:
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
-        write_atomically(folder / WEIGHTS, save(tensors, {"format": "pt"}))
+        write_atomically(folder / WEIGHTS, save(tensors, {"format": "pt", "bvae_sha256": digest(tensors)}))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
@@ -149,12 +150,9 @@ class TwoStageVAE(nn.Module):
         folder = Path(folder)
         model = cls(read_config(folder))
         path = folder / WEIGHTS
-        if not path.is_file():
-            raise UserError(f"{path}: there is no such file")
-        try:
-            tensors = load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path}: truncated or not a safetensors file ({error})") from error
+        tensors, metadata = read_tensors(path)
+        if metadata.get("bvae_sha256", digest(tensors)) != digest(tensors):
+            raise UserError(f"{path}: its content does not match its SHA-256: damaged or edited by hand")
         model.load_tensors(tensors, path)
         return model.to(device).eval()
 
@@ -188,7 +186,7 @@ def load(
     """
     run = Path(run)
     path = run / {"last": LAST, "best": BEST}[checkpoint]
-    if checkpoint == "last" and not path.exists():
+    if checkpoint == "last" and not exists(path):
         return TwoStageVAE.from_pretrained(run, device)
     model = TwoStageVAE(read_config(run))
     model.load_tensors(under(load_checkpoint(path)[0], "model"), path)
@@ -212,9 +210,13 @@ def read_run(folder: Path) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{folder}: not a run or a saved model (it has no {CONFIG})") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
+    if (
+        not isinstance(values, dict)
+        or not isinstance(values.get("config"), dict)
+        or not isinstance(values.get("data", {}), dict)
+    ):
         raise UserError(f"{path}: not the configuration of a bvae model")
     return values
 

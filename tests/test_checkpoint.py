@@ -112,8 +112,8 @@ def test_prefixes():
 
 
 def test_a_missing_file(tmp_path):
-    refused(tmp_path / "none.safetensors", "no such checkpoint")
-    refused(tmp_path, "no such checkpoint")
+    refused(tmp_path / "none.safetensors", "there is no such file")
+    refused(tmp_path, "not a safetensors file")
 
 
 def test_truncated_at_any_place(path):

@@ -350,7 +350,17 @@ def test_truncated_or_foreign_weights(saved):
     with pytest.raises(UserError, match=r"model\.safetensors: there is no such file"):
         load(folder)
     path.mkdir()
-    with pytest.raises(UserError, match=r"model\.safetensors: there is no such file"):
+    with pytest.raises(UserError, match=r"model\.safetensors: truncated or not a safetensors file"):
+        load(folder)
+
+
+def test_a_flipped_bit_in_the_weights_is_noticed(saved):
+    _, folder = saved
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-50] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"model\.safetensors: its content does not match"):
         load(folder)
 
 

@@ -67,6 +67,8 @@ def load(
     Raises:
         UserError: in one line that names the path, for anything that is missing, damaged or not as described.
     """
+    if path == "":
+        raise UserError("--data is empty: a path or `shapes` is expected")
     if channels not in (1, 3):
         raise UserError(f"--channels must be 1 or 3, got {channels}")
     if side < 1:
