@@ -1,3 +1,4 @@
+import contextlib
 import io
 import json
 import math
@@ -42,12 +43,15 @@ def curve(folder, stage, key="loss"):
     return [(e.step, e.value) for e in events(folder, stage).Scalars(f"stage{stage}/{key}")]
 
 
-@pytest.fixture
-def full_disk():
-    """A function that lets no file of this process grow beyond so many bytes; the limit ends with the test."""
+@contextlib.contextmanager
+def full_disk(size):
+    """Lets no file of this process grow beyond so many bytes: only inside the block, for pytest writes to files too."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_lines_keep_their_keys_and_order(tmp_path):
@@ -315,38 +319,37 @@ def test_a_read_only_folder_is_a_user_error(tmp_path):
         write_atomically(tmp_path / "file", b"data")
 
 
-def test_a_full_disk_leaves_whole_lines(tmp_path, full_disk, capfd):
+def test_a_full_disk_leaves_whole_lines(tmp_path, capfd):
     with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: File too large"):  # noqa: SIM117
         with RunLog(tmp_path, quiet=True) as log:
             log.epoch(record(1, 1))
             # Room for one more line of TensorBoard (some hundred bytes) but not for this line.
-            full_disk((tmp_path / "metrics.jsonl").stat().st_size + 500)
-            log.epoch(record(1, 2, text="x" * 600))
+            with full_disk((tmp_path / "metrics.jsonl").stat().st_size + 500):
+                log.epoch(record(1, 2, text="x" * 600))
     assert (tmp_path / "metrics.jsonl").read_text().endswith("}\n")
     assert keys(tmp_path) == [(1, 1, 1.0)]
     assert capfd.readouterr().err == ""
 
 
-def test_a_full_disk_in_tensorboard_is_one_clear_error(tmp_path, full_disk, capfd):
+def test_a_full_disk_in_tensorboard_is_one_clear_error(tmp_path, capfd):
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     with pytest.raises(UserError, match=r"cannot write .*stage1: File too large"):  # noqa: SIM117
         with RunLog(tmp_path, quiet=True) as log:
             log.start(1, 1, 1)
             log.epoch(record(1, 1))
-            full_disk(2000)
-            log.image("noise", picture, 1)
+            with full_disk(2000):
+                log.image("noise", picture, 1)
     assert curve(tmp_path, 1) == [(1, 1.0)]
     assert capfd.readouterr().err == ""
 
 
-def test_write_atomically_replaces_or_leaves_alone(tmp_path, full_disk):
+def test_write_atomically_replaces_or_leaves_alone(tmp_path):
     path = tmp_path / "file"
     write_atomically(path, b"old")
     write_atomically(path, b"new")
     assert path.read_bytes() == b"new"
     assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
-    full_disk(100)
-    with pytest.raises(UserError, match=r"cannot write .*file: File too large"):
+    with pytest.raises(UserError, match=r"cannot write .*file: File too large"), full_disk(100):
         write_atomically(path, bytes(1000))
     assert path.read_bytes() == b"new"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
