@@ -1,7 +1,4 @@
-"""What a model does on images it was not trained on: reconstruction error, KL, variance law, inactive latents.
-
-python -m bvae.evaluate RUN [--data PATH] [--json PATH]
-"""
+"""What a stage does on data it was not trained on: reconstruction error, KL, variance law, inactive latents."""
 
 from collections.abc import Iterable
 from typing import NamedTuple

@@ -115,7 +115,6 @@ class Trainer:
         self.best = math.inf
         self.best_model: dict[str, Tensor] | None = None
         self.saved_at = time.monotonic()
-        self.quiet = quiet
 
         if state is None:
             self.stage = self._first_stage()
