@@ -1,9 +1,13 @@
 """Variational autoencoders whose reconstruction/KL balance nobody has to tune (Asperti & Trentin 2020)."""
 
-from bvae.balance import BalancedLoss, FixedGammaLoss, LearnedGammaLoss, Loss
-from bvae.config import PRESETS, Config
-from bvae.errors import UserError
-from bvae.two_stage import TwoStageVAE, load
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bvae.balance import BalancedLoss, FixedGammaLoss, LearnedGammaLoss, Loss
+    from bvae.config import PRESETS, Config
+    from bvae.errors import UserError
+    from bvae.two_stage import TwoStageVAE, load
 
 __all__ = [
     "PRESETS",
@@ -16,3 +20,23 @@ __all__ = [
     "UserError",
     "load",
 ]
+
+# Imported when first asked for: what prepares images needs no torch, which takes a second and 200 MB a process.
+_HOMES = {
+    "bvae.balance": ("BalancedLoss", "FixedGammaLoss", "LearnedGammaLoss", "Loss"),
+    "bvae.config": ("PRESETS", "Config"),
+    "bvae.errors": ("UserError",),
+    "bvae.two_stage": ("TwoStageVAE", "load"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            globals()[name] = value = getattr(importlib.import_module(home), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

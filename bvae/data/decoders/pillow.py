@@ -1,0 +1,217 @@
+"""`decode_image`, which defines what every backend must give, and Pillow in worker processes."""
+
+import contextlib
+import io
+import json
+import multiprocessing.connection
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import PIL
+from PIL import Image, ImageOps, UnidentifiedImageError, features
+
+from bvae.data.decoders.interface import Decoder
+from bvae.data.decoders.resize import resize
+from bvae.data.recipe import Decoded, Item, Recipe, Rejected, collect
+from bvae.errors import UserError
+
+# Whatever its suffix, a file of another format is refused: some of Pillow's decoders start other programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
+MAX_PIXELS = 2**26  # of one file, 8192 x 8192: a small file can claim to be far larger and fill the memory
+CHUNKS_PER_WORKER = 3  # drawn and not yet taken: one at work, one waiting, one done
+
+
+def decode_image(data: bytes, recipe: Recipe) -> np.ndarray:
+    """One encoded image -> uint8 [size, size, channels].
+
+    In this order: the first frame; EXIF orientation; the crop; RGB or, for one channel, L (transparency is dropped);
+    the resize (`bvae.data.decoders.resize`).
+
+    Raises:
+        Rejected: if it is not of one of FORMATS, cannot be decoded to its end, is deeper than 8 bits a channel, has
+            more than MAX_PIXELS pixels or is smaller than the crop.
+    """
+    if not data:
+        raise Rejected("is empty")
+    # Pillow's plugins raise nearly anything on damaged files (OSError, SyntaxError, struct.error, ...).
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Rejected(f"is {image.width}x{image.height}, more than the {MAX_PIXELS} pixels accepted")
+            if _is_deep(image):
+                raise Rejected("is deeper than 8 bits a channel; convert it to 8")
+            upright: Image.Image = image if _is_upright(image) else ImageOps.exif_transpose(image)
+            cropped = upright.crop(recipe.box(*upright.size))
+            mode = "RGB" if recipe.channels == 3 else "L"
+            if cropped.mode != mode:
+                cropped = cropped.convert(mode)
+            pixels = resize(cropped, recipe.size, recipe.filter, recipe.antialias)
+    except Rejected:
+        raise
+    except UnidentifiedImageError:
+        raise Rejected(f"is not an image in a format accepted ({', '.join(FORMATS)})") from None
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise Rejected(f"cannot be decoded ({reason[:120]})") from error
+    return pixels.reshape(recipe.size, recipe.size, recipe.channels)
+
+
+def decode_items(items: Sequence[Item], recipe: Recipe) -> Decoded:
+    """A chunk, one item after the other."""
+    results: list[np.ndarray | Rejected] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow, on odd metadata and large images: what matters is raised
+        for item in items:
+            try:
+                results.append(decode_image(item.read(), recipe))
+            except Rejected as error:
+                results.append(error)
+    return collect(results, recipe)
+
+
+def pillow_name_and_versions() -> tuple[str, dict[str, str]]:
+    """("pillow" or "pillow-simd", versions of it and of what decodes JPEG for it)."""
+    name = "pillow-simd" if ".post" in PIL.__version__ else "pillow"
+    versions = {name: PIL.__version__}
+    jpeg = features.version_feature("libjpeg_turbo")
+    return name, versions | ({"libjpeg-turbo": jpeg} if jpeg else {})
+
+
+class PillowDecoder(Decoder):
+    """`decode_image` in worker processes; with one worker, in this process.
+
+    Workers are started when there is work for them. They are fresh interpreters that import Pillow and NumPy, not
+    forks: the parent may hold torch's threads and a GPU; and not `multiprocessing`'s spawn, which imports the parent's
+    main module, and torch with it, in every worker.
+    """
+
+    def __init__(self, recipe: Recipe, workers: int, why: str) -> None:
+        self.recipe = recipe
+        self.workers = workers
+        self.why = why
+        self.name, self.versions = pillow_name_and_versions()
+        self._pool: list[_Worker] = []
+
+    def run(self, chunks: Iterable[Sequence[Item]]) -> Iterator[Decoded]:
+        if self.workers == 1:
+            for chunk in chunks:
+                yield decode_items(chunk, self.recipe)
+            return
+        try:
+            yield from self._run(chunks)
+        finally:
+            self.close()  # a run that was left early has answers on the way that nobody waits for
+
+    def _run(self, chunks: Iterable[Sequence[Item]]) -> Iterator[Decoded]:
+        source = enumerate(chunks)
+        done: dict[int, Decoded] = {}
+        drawn = taken = 0
+        exhausted = False
+        while not exhausted or taken < drawn:
+            while not exhausted and drawn - taken < CHUNKS_PER_WORKER * self.workers:
+                if (pair := next(source, None)) is None:
+                    exhausted = True
+                    break
+                self._least_busy().send(*pair)
+                drawn += 1
+            if taken in done:
+                yield done.pop(taken)
+                taken += 1
+            elif taken < drawn:
+                busy = {worker.connection: worker for worker in self._pool if worker.pending}
+                for connection in multiprocessing.connection.wait(list(busy)):
+                    index, decoded = busy[connection].receive()  # type: ignore[index]
+                    done[index] = decoded
+
+    def _least_busy(self) -> "_Worker":
+        worker = min(self._pool, key=lambda worker: len(worker.pending), default=None)
+        if worker is None or (worker.pending and len(self._pool) < self.workers):
+            worker = _Worker.start(self.recipe)
+            self._pool.append(worker)
+        return worker
+
+    def close(self) -> None:
+        pool, self._pool = self._pool, []
+        for worker in pool:
+            worker.process.kill()
+            worker.connection.close()
+        for worker in pool:
+            worker.process.wait()
+
+
+@dataclass
+class _Worker:
+    """The parent's end of one worker process. pending: (number, items) of the chunks it was sent, oldest first."""
+
+    process: subprocess.Popen
+    connection: Connection
+    pending: deque[tuple[int, Sequence[Item]]] = field(default_factory=deque)
+
+    @classmethod
+    def start(cls, recipe: Recipe) -> "_Worker":
+        ours, theirs = multiprocessing.Pipe()
+        code = (
+            "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
+            "from bvae.data.decoders.worker import main; main(int(sys.argv[1]))"
+        )
+        with theirs:
+            try:
+                process = subprocess.Popen(
+                    [sys.executable, "-c", code, str(theirs.fileno()), json.dumps(sys.path)],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    # One thread each: the workers themselves fill the cores.
+                    env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+                    process_group=0,  # Ctrl-C is the parent's; it ends its workers
+                )
+            except OSError as error:
+                ours.close()
+                raise UserError(f"cannot start a decoding worker: {error.strerror or error}") from error
+        worker = cls(process, ours)
+        with worker._alive():
+            ours.send(recipe)
+        return worker
+
+    def send(self, index: int, items: Sequence[Item]) -> None:
+        self.pending.append((index, items))
+        with self._alive():
+            self.connection.send(items)
+
+    def receive(self) -> tuple[int, Decoded]:
+        with self._alive():
+            answer: Any = self.connection.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        index, _ = self.pending.popleft()
+        return index, answer
+
+    @contextlib.contextmanager
+    def _alive(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, ConnectionError) as error:
+            code = self.process.wait()
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            hint = "; if memory ran out, use fewer workers" if code == -signal.SIGKILL else ""
+            items = self.pending[0][1] if self.pending else ()
+            where = f" on one of {len(items)} images from {items[0].name!r} to {items[-1].name!r}" if items else ""
+            raise UserError(f"a decoding worker {how}{where}{hint}") from error
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether the file has more than 8 bits a channel; Pillow cuts some of those down to 8 without a word."""
+    return image.mode[0] in "IF" or any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+
+
+def _is_upright(image: Image.Image) -> bool:
+    """Whether a look at the metadata can be spared."""
+    return image.format == "JPEG" and "exif" not in image.info and "xmp" not in image.info

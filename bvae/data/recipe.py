@@ -1,0 +1,96 @@
+"""What becomes of a picture on its way into an array: the recipe every decoder follows, and what goes in and out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+import numpy as np
+
+from bvae.errors import UserError
+
+Filter = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+FILTERS: tuple[Filter, ...] = get_args(Filter)
+Crop = int | Literal["square", "none"]
+
+
+class Rejected(Exception):
+    """One image cannot be used. Its text is the reason, in one short line, without the image's name."""
+
+
+class Item(Protocol):
+    """One encoded image of a source: small enough to be sent to another process, which then reads the bytes."""
+
+    name: str
+
+    def read(self) -> bytes:
+        """The encoded image. Raises Rejected where its bytes cannot be had."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How an image of any size becomes uint8 [size, size, channels]; docs/backends.md defines each step.
+
+    size: side of the result, in pixels.
+    channels: 3 (RGB) or 1 (grey).
+    crop: side in pixels of the centred square that is kept; "square", the largest that fits; "none", all of the image,
+        whose aspect is then lost.
+    filter: of the resize; see `bvae.data.decoders.resize`.
+    antialias: widen the filter when the image shrinks, so that every pixel of the crop counts.
+
+    Raises:
+        UserError: for a value outside these.
+    """
+
+    size: int
+    channels: int
+    crop: Crop = "square"
+    filter: Filter = "bilinear"
+    antialias: bool = True
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise UserError(f"the images' size must be positive, got {self.size}")
+        if self.channels not in (1, 3):
+            raise UserError(f"images have 1 or 3 channels, not {self.channels}")
+        if not (self.crop in ("square", "none") or (isinstance(self.crop, int) and self.crop > 0)):
+            raise UserError(f"the crop is a number of pixels, `square` or `none`, not {self.crop}")
+        if self.filter not in FILTERS:
+            raise UserError(f"the filter is one of {', '.join(FILTERS)}, not {self.filter}")
+
+    def box(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) of what is kept of an image; an odd pixel left over goes right and down.
+
+        Raises:
+            Rejected: if the image is smaller than the crop.
+        """
+        if self.crop == "none":
+            return 0, 0, width, height
+        side = min(width, height) if isinstance(self.crop, str) else self.crop
+        if side > min(width, height):
+            raise Rejected(f"is {width}x{height}, smaller than the crop of {side}")
+        left, top = (width - side) // 2, (height - side) // 2
+        return left, top, left + side, top + side
+
+
+@dataclass
+class Decoded:
+    """What became of a chunk of items.
+
+    pixels: uint8 [n, size, size, channels], the images kept, in the chunk's order.
+    kept: their n positions in the chunk.
+    rejected: (position, reason) of the others, in order.
+    """
+
+    pixels: np.ndarray
+    kept: list[int]
+    rejected: list[tuple[int, str]]
+
+
+def collect(results: Sequence[np.ndarray | Rejected], recipe: Recipe) -> Decoded:
+    """`Decoded` of a chunk's images and rejections, given in its order."""
+    images = [(i, result) for i, result in enumerate(results) if not isinstance(result, Rejected)]
+    pixels = np.empty((len(images), recipe.size, recipe.size, recipe.channels), np.uint8)
+    for row, (_, image) in enumerate(images):
+        pixels[row] = image
+    rejected = [(i, str(result)) for i, result in enumerate(results) if isinstance(result, Rejected)]
+    return Decoded(pixels, [i for i, _ in images], rejected)
