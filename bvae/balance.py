@@ -153,6 +153,9 @@ class GaussianVAELoss(nn.Module):
         """The gamma^2 that the next loss will use, a scalar on the device."""
         return self.gamma2
 
+    def follow(self, mse: Tensor) -> None:
+        """Ends a training step whose mse, over all its parts, the caller has found; nothing here depends on it."""
+
     def extra_repr(self) -> str:
         return f"kl_weight={self.kl_weight}, logits={self.logits}"
 
@@ -202,6 +205,14 @@ class BalancedLoss(GaussianVAELoss):
             dist.all_reduce(self.pending)
         sse, count = self.pending.unbind()
         ops.update_gamma2(self.gamma2, self.skipped, sse, count, decay=DECAY, floor=FLOOR)
+        self.pending.zero_()
+
+    @torch.no_grad()
+    def follow(self, mse: Tensor) -> None:
+        """In place of step(), and as it: moves gamma2 once, by an mse that the caller has pooled over all ranks."""
+        ops.update_gamma2(
+            self.gamma2, self.skipped, mse, torch.ones_like(mse, dtype=torch.float64), decay=DECAY, floor=FLOOR
+        )
         self.pending.zero_()
 
 
@@ -264,10 +275,11 @@ def make_loss(
     kl_weight: float | Literal["auto"] = 1.0,
     logits: bool = True,
     gamma: float | None = None,
+    accumulate: bool = False,
 ) -> GaussianVAELoss:
-    """The loss that `--balance` names; `gamma` is for "fixed" only."""
+    """The loss that `--balance` names; `gamma` is for "fixed" only, `accumulate` for "computed"."""
     if balance == "computed":
-        return BalancedLoss(kl_weight, logits)
+        return BalancedLoss(kl_weight, logits, accumulate=accumulate)
     if balance == "learned":
         return LearnedGammaLoss(kl_weight, logits)
     return FixedGammaLoss(gamma=gamma, kl_weight=kl_weight, logits=logits)

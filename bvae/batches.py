@@ -27,14 +27,19 @@ def to_device(images: np.ndarray, device: torch.device) -> Tensor:
 
 
 class Batches:
-    """`count` samples in batches of `batch`, reshuffled every epoch; the last partial batch is dropped."""
+    """`count` samples in batches of `batch`, reshuffled every epoch; the last partial batch is dropped.
 
-    def __init__(self, count: int, batch: int, seed: int, device: torch.device) -> None:
+    `part` is what this process gives of every batch: all of it, or where several train together the rows that are its
+    own. The order of an epoch is the same in all of them.
+    """
+
+    def __init__(self, count: int, batch: int, seed: int, device: torch.device, part: slice | None = None) -> None:
         self.count = count
         self.batch = batch
         self.seed = seed
         self.device = device
         self.steps = count // batch
+        self.part = part or slice(0, batch)
 
     def _generator(self, *names: str | int) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(derive(self.seed, *names))
@@ -44,7 +49,7 @@ class Batches:
         order = torch.randperm(self.count, generator=self._generator("order", epoch), device=self.device)
         prepare = self._prepare(epoch)
         for i in range(first, self.steps):
-            yield prepare(order[i * self.batch : (i + 1) * self.batch])
+            yield prepare(order[i * self.batch + self.part.start : i * self.batch + self.part.stop])
 
     def _prepare(self, epoch: int) -> Prepare:
         raise NotImplementedError
@@ -64,8 +69,16 @@ class ImageBatches(Batches):
         hflip: mirror each image with probability 1/2, input and target alike.
     """
 
-    def __init__(self, images: Tensor, batch: int, seed: int, dtype: torch.dtype, hflip: bool = False) -> None:
-        super().__init__(images.shape[0], batch, seed, images.device)
+    def __init__(
+        self,
+        images: Tensor,
+        batch: int,
+        seed: int,
+        dtype: torch.dtype,
+        hflip: bool = False,
+        part: slice | None = None,
+    ) -> None:
+        super().__init__(images.shape[0], batch, seed, images.device, part)
         self.images = images
         self.dtype = dtype
         self.hflip = hflip
@@ -89,8 +102,8 @@ class LatentBatches(Batches):
         mu, log_sigma: the posterior [N,k] float32 on the device.
     """
 
-    def __init__(self, mu: Tensor, log_sigma: Tensor, batch: int, seed: int) -> None:
-        super().__init__(mu.shape[0], batch, seed, mu.device)
+    def __init__(self, mu: Tensor, log_sigma: Tensor, batch: int, seed: int, part: slice | None = None) -> None:
+        super().__init__(mu.shape[0], batch, seed, mu.device, part)
         self.mu = mu
         self.log_sigma = log_sigma
         self.rng = ops.make_rng(derive(seed, "posterior noise"), mu.device)
@@ -98,7 +111,8 @@ class LatentBatches(Batches):
     def _prepare(self, epoch: int) -> Prepare:
         def prepare(index: Tensor) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
-                z = ops.sample_kl(self.mu[index], self.log_sigma[index], self.rng).z
+                mu, log_sigma = self.mu[index], self.log_sigma[index]
+                z = ops.sample_kl(mu, log_sigma, self.rng, first_sample=self.part.start).z
             return z, z
 
         return prepare
@@ -108,7 +122,10 @@ class LatentBatches(Batches):
 
 
 def chunks(images: Tensor, size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
-    """All of a resident set in order as (input float32 [B,C,H,W] in [0,1] channels_last, target uint8)."""
-    for first in range(0, images.shape[0], size):
+    """All of a resident set in order as (input float32 [B,C,H,W] in [0,1] channels_last, target uint8).
+
+    An empty set is one empty batch.
+    """
+    for first in range(0, max(images.shape[0], 1), size):
         last = min(first + size, images.shape[0])
         yield ops.gather(images, torch.arange(first, last, device=images.device))

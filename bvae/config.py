@@ -103,6 +103,8 @@ class Config:
     """At stage 1's end, recompute batch-norm statistics under the final weights, or keep the moving averages."""
     bn_batches: int = 300
     """Training batches used to recompute them."""
+    sync_bn: bool = False
+    """Where several processes train together: normalise over the whole batch, not over each one's part of it."""
     rescale: bool = False
     """Rescale generated latents where the second stage loses variance (the paper's last step on CelebA)."""
 
@@ -123,6 +125,11 @@ class Config:
     """Steps between two looks at the device."""
     checkpoint_seconds: float = _free(default=60.0)
     """Seconds between two checkpoints."""
+
+    @property
+    def smallest_side(self) -> int:
+        """Of what the encoder's last scale sees."""
+        return self.side >> (self.scales - 1)
 
     def resolved_kl_weight(self) -> float:
         """`auto` keeps the balance found at 32x32 with 64 latents: (2*side/k)^2."""
@@ -158,7 +165,7 @@ class Config:
         fits = int(math.log2(self.side)) + 1
         need(self.scales <= fits, f"--scales {self.scales} does not fit a side of {self.side}: at most {fits}")
         need(
-            self.batch > 1 or self.scales < fits,
+            self.batch > 1 or self.smallest_side > 1,
             "--batch 1 needs fewer --scales: batch norm cannot normalise one pixel",
         )
         need(self.max_steps is None or self.max_steps >= 1, f"--max-steps must be at least 1, not {self.max_steps}")

@@ -1,5 +1,6 @@
 """What a stage does on data it was not trained on: reconstruction error, KL, variance law, inactive latents."""
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from bvae.batches import chunks
 from bvae.metrics.latent import inactive, latent_variances, variance_law
 from bvae.models.vae import VAE
 from bvae.seeds import derive
+from bvae.world import ALONE, World
 
 
 class Posterior(NamedTuple):
@@ -30,49 +32,59 @@ class Scores(NamedTuple):
 
 
 @torch.no_grad()
-def encode_images(model: VAE, images: Tensor) -> Posterior:
+def encode_images(model: VAE, images: Tensor, world: World = ALONE) -> Posterior:
     """The posterior of resident images uint8 [N,H,W,C], in eval mode and fp32."""
     model.eval()
-    encoded = [model.encoder(x) for x, _ in chunks(images)]
-    return Posterior(torch.cat([mu for mu, _ in encoded]), torch.cat([log_sigma for _, log_sigma in encoded]))
+    return _encode(model, (x for x, _ in chunks(images[world.share(len(images))])), len(images), world)
 
 
-def score_images(model: VAE, images: Tensor, seed: int) -> Scores:
+def score_images(model: VAE, images: Tensor, seed: int, world: World = ALONE) -> Scores:
     """Scores of the first stage on resident images uint8 [N,H,W,C]; mse is per element of images in [0,1]."""
-    posterior = encode_images(model, images)
-    targets = (target for _, target in chunks(images))
-    return _score(model, posterior, targets, seed, logits=True)
+    posterior = encode_images(model, images, world)
+    targets = (target for _, target in chunks(images[world.share(len(images))]))
+    return _score(model, posterior, targets, seed, True, world)
 
 
 @torch.no_grad()
-def score_latents(model: VAE, first: Posterior, seed: int) -> Scores:
+def score_latents(model: VAE, first: Posterior, seed: int, world: World = ALONE) -> Scores:
     """Scores of the second stage on z drawn once from the first stage's posterior."""
     model.eval()
     z = ops.sample_kl(first.mu, first.log_sigma, ops.make_rng(derive(seed, "evaluate z"), first.mu.device)).z
-    encoded = [model.encoder(part) for part in z.split(500)]
-    posterior = Posterior(torch.cat([mu for mu, _ in encoded]), torch.cat([log_sigma for _, log_sigma in encoded]))
-    return _score(model, posterior, z.split(500), seed, logits=False)
+    parts = z[world.share(len(z))].split(500)
+    return _score(model, _encode(model, parts, len(z), world), parts, seed, False, world)
+
+
+def _encode(model: VAE, parts: Iterable[Tensor], count: int, world: World) -> Posterior:
+    """The posterior of all `count` samples, of which this rank encodes its share, given as `parts`."""
+    mine = [torch.stack(model.encoder(x)) for x in parts]
+    posterior = torch.zeros(2, count, *mine[0].shape[2:], device=mine[0].device)
+    posterior[:, world.share(count)] = torch.cat(mine, 1)
+    return Posterior(*world.sum_(posterior).unbind())  # zeros of the others' rows: exact
 
 
 @torch.no_grad()
-def _score(model: VAE, posterior: Posterior, targets: Iterable[Tensor], seed: int, logits: bool) -> Scores:
+def _score(
+    model: VAE, posterior: Posterior, targets: Iterable[Tensor], seed: int, logits: bool, world: World
+) -> Scores:
+    """`targets` are what this rank's share of the posterior should be decoded to."""
     mu, log_sigma = posterior
     z, _, moments = ops.sample_kl(mu, log_sigma, ops.make_rng(derive(seed, "evaluate"), mu.device))
-    sse = {"sampled": 0.0, "mean": 0.0}
-    count = first = 0
+    sse = torch.zeros(2, dtype=torch.float64, device=mu.device)  # decoding z, decoding mu
+    count = 0
+    first = world.share(len(mu)).start
     for target in targets:
         last = first + len(target)
-        for name, latents in (("sampled", z), ("mean", mu)):
-            recon = model.decoder(latents[first:last])
-            sse[name] += squared_error(recon, target, logits).item()
-        count += target.numel()
+        errors = [squared_error(model.decoder(latents[first:last]), target, logits) for latents in (z, mu)]
+        sse += torch.stack(errors)
+        count = len(mu) * math.prod(target.shape[1:])
         first = last
+    sampled, mean = world.sum_(sse).tolist()
     var_mu, sigma2 = latent_variances(mu, log_sigma)
     idle = inactive(sigma2)
     latent_kl = moments[3].double() / len(mu)
     figures = {
-        "mse_sampled": sse["sampled"] / count,
-        "mse_mean": sse["mean"] / count,
+        "mse_sampled": sampled / count,
+        "mse_mean": mean / count,
         "kl": latent_kl.sum().item(),
         "variance_law": variance_law(var_mu, sigma2).item(),
         "inactive": int(idle.sum()),

@@ -8,17 +8,18 @@ from bvae.balance import GaussianVAELoss, Loss
 from bvae.checkpoint import prefixed, under
 from bvae.models.norm import flatten_statistics
 from bvae.models.vae import VAE
+from bvae.world import ALONE, World
 
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
 def vae_loss(
-    model: VAE, loss: GaussianVAELoss, x: Tensor, target: Tensor, rng: Tensor, amp: bool
+    model: VAE, loss: GaussianVAELoss, x: Tensor, target: Tensor, rng: Tensor, amp: bool, first_sample: int = 0
 ) -> tuple[Loss, Tensor]:
-    """The loss of a batch, and the moments [4,k] of its posterior (see ops.sample_kl)."""
+    """The loss of a batch, and the moments [4,k] of its posterior (see ops.sample_kl, also for `first_sample`)."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
         mu, log_sigma = model.encoder(x)
-        z, kl, moments = ops.sample_kl(mu, log_sigma, rng)
+        z, kl, moments = ops.sample_kl(mu, log_sigma, rng, first_sample=first_sample)
         recon = model.decoder(z)
     return loss(recon, target, kl=kl, latents=mu.shape[1]), moments
 
@@ -55,10 +56,14 @@ class Sums:
 class Step:
     """Forward, backward and Adam on one batch. A step that is not finite changes nothing and is counted.
 
+    In a world of several ranks each calls it with its part of the batch; all then hold the same state, bit for bit.
+
     Args:
         model: on its device, in the memory format it trains in.
         loss: on the same device; parameters of its own are trained too.
         l2: weight of the sum of squares of `l2_kernels`, added to the loss.
+        world: the ranks that share a batch in equal parts; `loss` must then leave gamma2 to `follow`.
+        first_sample: the place of this rank's part in the batch.
     """
 
     def __init__(
@@ -70,7 +75,11 @@ class Step:
         amp: bool,
         l2: float,
         l2_kernels: list[Tensor],
+        world: World = ALONE,
+        first_sample: int = 0,
     ) -> None:
+        self.world = world
+        self.first_sample = first_sample
         self.model = model
         self.loss = loss
         self.rng = rng
@@ -88,22 +97,40 @@ class Step:
 
     def __call__(self, x: Tensor, target: Tensor) -> None:
         before = [(t, t.clone()) for t in (self.statistics, self.loss.gamma2)]
-        loss, moments = vae_loss(self.model, self.loss, x, target, self.rng, self.amp)
+        loss, moments = vae_loss(self.model, self.loss, x, target, self.rng, self.amp, self.first_sample)
         total = loss.loss
         if self.l2_kernels:
             total = total + self.l2 * torch.stack([w.square().sum() for w in self.l2_kernels]).sum()
         self.optimizer.zero_grad()
         total.backward()
+        total = total.detach()
+        if self.world.size > 1:
+            loss, total, moments = self._exchange(loss, total, moments)
 
         # An infinite or NaN gradient makes the norm so: the whole step is then undone, on the device.
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        good = norm.isfinite() & total.detach().isfinite()
+        good = norm.isfinite() & total.isfinite()
         # What torch's own GradScaler sets: the fused kernels then leave parameters and moments alone.
         self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         for tensor, value in before:
             tensor.copy_(torch.where(good, tensor, value))
         self.sums.add(loss, moments, good)
+
+    def _exchange(self, loss: Loss, total: Tensor, moments: Tensor) -> tuple[Loss, Tensor, Tensor]:
+        """Makes gradients, statistics and gamma2 those of the whole batch, in one all-reduce; returns its figures.
+
+        What is not finite on one rank is so in the mean, on all of them: they agree on the step that is undone.
+        """
+        parts = torch.stack([loss.loss.detach(), loss.nll, loss.kl, loss.mse, total])
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        *gradients, statistics, parts, moments = self.world.means([*gradients, self.statistics, parts, moments])
+        for p, gradient in zip((p for p in self.parameters if p.grad is not None), gradients, strict=True):
+            p.grad = gradient
+        self.statistics.copy_(statistics)
+        whole, nll, kl, mse, total = parts.unbind()
+        self.loss.follow(mse)
+        return Loss(whole, nll, kl, mse, loss.gamma2), total, moments * self.world.size
 
     def tensors(self) -> dict[str, Tensor]:
         """The state beside the model: optimiser, loss, noise and sums; fixed names, whatever the step."""

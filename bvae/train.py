@@ -4,6 +4,7 @@ With no argument it trains the `shapes` preset, a small generated data set, on w
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import signal
@@ -24,6 +25,7 @@ from bvae.machine import has_bf16, pick_device
 from bvae.models.vae import count_parameters, first_stage, second_stage
 from bvae.trainer import Interrupted, Trainer
 from bvae.two_stage import read_config
+from bvae.world import Lost, World
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,25 +106,49 @@ def summary(results: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, arguments = parse(sys.argv[1:] if argv is None else argv)
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("the trainer runs on one device for now: start it with python, not with torchrun")
-    if arguments.dry_run:
-        dry_run(config)
-        return 0
-    if arguments.resume is None:
-        folder = arguments.out or Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-        if exists(folder):
-            raise UserError(f"{folder}: exists already; choose another --out, or go on with --resume {folder}")
-    else:
+    with World.join() as world:
+        return train(sys.argv[1:] if argv is None else argv, world)
+
+
+def find_folder(config: Config, arguments: Arguments, world: World) -> tuple[Path, bool]:
+    """The run's folder, and whether to go on with the run in it: on all ranks what rank 0 finds."""
+    begun = world.remembered() if world.first else None
+    if begun is not None:  # torchrun has restarted a run that this job began
+        folder = Path(begun)
+    elif arguments.resume is not None:
         folder = arguments.resume
         if not exists(folder / LAST):
             raise UserError(f"{folder}: has no checkpoint to resume from ({LAST})")
+    else:
+        folder = arguments.out or Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if world.first and exists(folder):
+            raise UserError(f"{folder}: exists already; choose another --out, or go on with --resume {folder}")
+    resume = begun is not None or arguments.resume is not None
+    return Path(world.from_first(str(folder))), bool(int(world.from_first(str(int(resume)))))
+
+
+def train(argv: list[str], world: World) -> int:
+    with contextlib.ExitStack() as stack:
+        if not world.first:  # usage and mistakes in it are the same on all ranks
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+            stack.enter_context(contextlib.redirect_stderr(silence))
+        config, arguments = parse(argv)
+        if arguments.dry_run:
+            dry_run(config)
+            return 0
+    world.connect(config.device)
+    folder, resume = find_folder(config, arguments, world)
     # Adam's moments of units that have died decay into denormal numbers, which halve the speed of a CPU. Set before the
     # first parallel operation, so that torch's threads inherit it.
     torch.set_flush_denormal(True)
-    trainer = Trainer(config, load_data(config), folder, resume=arguments.resume is not None)
-    print(f"{config.preset}: {len(trainer.data.train)} images on {trainer.device}, into {folder}", flush=True)
+    trainer = Trainer(config, load_data(config), folder, resume, world=world)
+    if world.first:
+        world.remember(str(folder))
+        among = f"{world.size} processes, the first on " if world.size > 1 else ""
+        print(
+            f"{config.preset}: {len(trainer.data.train)} images on {among}{trainer.device}, into {folder}", flush=True
+        )
 
     def stop(number: int, _: Any) -> None:
         trainer.stop = number
@@ -133,10 +159,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         results = trainer.run()
     except Interrupted as interrupted:
-        print(f"{interrupted}; go on with: python -m bvae.train --resume {folder}", file=sys.stderr)
+        if world.first:
+            print(f"{interrupted}; go on with: python -m bvae.train --resume {folder}", file=sys.stderr)
         return 128 + interrupted.signal
-    print(summary(results))
-    print(f"pictures, results.json and the model: {folder}")
+    except Lost as lost:
+        raise Lost(f"{lost}; the run goes on from its last checkpoint with --resume {folder}") from lost
+    if world.first:
+        print(summary(results))
+        print(f"pictures, results.json and the model: {folder}")
     return 0
 
 

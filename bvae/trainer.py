@@ -23,15 +23,16 @@ from bvae.data import Dataset
 from bvae.data.shapes import FACTOR_TYPES
 from bvae.errors import UserError
 from bvae.files import encode_json, exists, write_atomically, writing
-from bvae.machine import describe_device, pick_device, versions
+from bvae.machine import describe_device, versions
 from bvae.metrics.latent import INACTIVE, factor_correlation, inactive, latent_variances
-from bvae.models.norm import recompute_statistics
+from bvae.models.norm import batch_norms, recompute_statistics
 from bvae.models.vae import VAE, l2_kernels
 from bvae.runlog import RunLog, read_metrics
 from bvae.scores import Scores, encode_images, score_images, score_latents
 from bvae.seeds import derive
 from bvae.step import Step
 from bvae.two_stage import CONFIG, TwoStageVAE, to_uint8
+from bvae.world import World, gather
 
 RESULTS = "results.json"
 EPOCH_BN_BATCHES = 50  # enough for a point on a curve; the final figures take --bn-batches
@@ -84,17 +85,37 @@ class Trainer:
         folder: the run's folder: new, or with `resume` one that Trainer made.
         resume: go on from the folder's last checkpoint.
         quiet: show no progress.
+        world: the processes that train together, connected; this one alone if None. All of them make the same calls.
+            Rank 0 alone touches the folder, but for reading the checkpoint to go on from.
 
     Raises UserError for data that cannot be trained on, for a folder that cannot be used, and for a checkpoint that
     is damaged or of another run; before anything is written.
     """
 
-    def __init__(self, config: Config, data: Dataset, folder: Path, resume: bool = False, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        data: Dataset,
+        folder: Path,
+        resume: bool = False,
+        quiet: bool = False,
+        world: World | None = None,
+    ) -> None:
         self.config = config
         self.data = data
         self.folder = folder
-        self.device = pick_device(config.device)
+        self.world = world or World().connect(config.device)
+        self.device = self.world.device
         self.stop: int | None = None  # set to a signal's number to end the run after the step under way
+        if config.batch % self.world.size:
+            raise UserError(
+                f"--batch {config.batch} is that of a whole step: {self.world.size} processes cannot take equal parts"
+            )
+        if config.batch == self.world.size and config.smallest_side == 1 and not config.sync_bn:
+            raise UserError(f"--batch {config.batch} is one image a process, which batch norm cannot normalise alone")
+        if self.world.from_first(data.digest) != data.digest:
+            raise UserError(f"{data.name}: rank {self.world.rank} does not have the data that rank 0 has")
+        self.part = self.world.share(config.batch)
         if len(data.train) < config.batch:
             raise UserError(
                 f"{data.name}: {len(data.train)} training images are fewer than one batch of {config.batch}: "
@@ -103,12 +124,15 @@ class Trainer:
         state = load_checkpoint(folder / LAST) if resume else None
         if state is not None:
             self._check_same_run(state[1])
-        elif exists(folder):
+        elif self.world.first and exists(folder):
             raise UserError(f"{folder}: exists already; choose another --out, or go on with --resume {folder}")
 
         torch.manual_seed(derive(config.seed, "weights"))
         self.model = TwoStageVAE(config).to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.sync_bn and self.world.size > 1:
+            for norm in batch_norms(self.model):
+                norm.gather = gather
         self.train_images = to_device(data.train, self.device)
         self.test_images = to_device(data.test, self.device)
         self.results: dict[str, Any] = {}
@@ -118,14 +142,18 @@ class Trainer:
 
         if state is None:
             self.stage = self._first_stage()
-            self._begin()
+            if self.world.first:
+                self._begin()
         else:
             self._restore(*state)
-            self._write_config()  # what may change has perhaps changed
+            if self.world.first:
+                self._write_config()  # what may change has perhaps changed
         finished = {1: self.stage.finished_epochs}
         if self.stage.number == 2:
             finished = {1: 10**9, 2: self.stage.finished_epochs}
-        self.log = RunLog(folder, resume_after=finished if resume else None, quiet=quiet)
+        mine = folder if self.world.first else None
+        self.log = RunLog(mine, resume_after=finished if resume else None, quiet=quiet)
+        self.world.wait()  # until all have read what there is: from now on it changes
 
     # ---- the run ----------------------------------------------------------------------------------------------
 
@@ -144,9 +172,11 @@ class Trainer:
                 self.train(self.stage)
                 self._finish_second_stage()
                 self._save_or_stop()
-            self._draw()
-        self.model.save_weights(self.folder)
-        write_atomically(self.folder / RESULTS, encode_json(self.results, indent=2).encode())
+            if self.world.first:
+                self._draw()
+        if self.world.first:
+            self.model.save_weights(self.folder)
+            write_atomically(self.folder / RESULTS, encode_json(self.results, indent=2).encode())
         return self.results
 
     def train(self, stage: Stage) -> None:
@@ -186,11 +216,24 @@ class Trainer:
             self._end_epoch(stage, stage.done // steps + 1)
 
     def _due(self) -> bool:
-        return self.stop is not None or time.monotonic() - self.saved_at > self.config.checkpoint_seconds
+        """Whether to save or stop after this step."""
+        done = self.stage.done
+        if self.world.size > 1 and self.device.type == "cuda":
+            # Agreeing waits for the device: only where the host looks at it anyway.
+            return not (done % self.config.log_every and done % self.stage.batches.steps) and self._agree()
+        return self._agree()
+
+    def _agree(self) -> bool:
+        """Whether any rank was told to stop, which all then know, or finds it is time for a checkpoint."""
+        waited = time.monotonic() - self.saved_at
+        stop, late = self.world.largest(self.stop or 0, waited > self.config.checkpoint_seconds)
+        self.stop = stop or None
+        return bool(stop or late)
 
     def _save_or_stop(self) -> None:
         """Writes a checkpoint; then ends the run where a signal asked for it."""
         self.save()
+        self._agree()
         if self.stop is not None:
             raise Interrupted(self.stop, f"stopped in stage {self.stage.number} after step {self.stage.done}")
 
@@ -238,7 +281,8 @@ class Trainer:
             bound = elements / 2 * math.log(max(scores["mse_sampled"], 1e-12)) + scores["kl"]
             if bound < self.best:
                 self.best = bound
-                self.best_model = {name: t.clone() for name, t in self.model.state_dict().items()}
+                if self.world.first:
+                    self.best_model = {name: t.clone() for name, t in self.model.state_dict().items()}
             stage.step.statistics.copy_(kept)
         self.log.epoch(record)
 
@@ -246,11 +290,18 @@ class Trainer:
 
     def _loss(self, kl_weight: float, logits: bool) -> GaussianVAELoss:
         c = self.config
-        return make_loss(c.balance, kl_weight=kl_weight, logits=logits, gamma=c.resolved_gamma()).to(self.device)
+        loss = make_loss(
+            c.balance,
+            kl_weight=kl_weight,
+            logits=logits,
+            gamma=c.resolved_gamma(),
+            accumulate=self.world.size > 1,  # the step moves gamma2, from all ranks' parts
+        )
+        return loss.to(self.device)
 
     def _step(self, number: int, model: VAE, loss: GaussianVAELoss, l2: float, kernels: list[Tensor]) -> Step:
         rng = ops.make_rng(derive(self.config.seed, "noise", number), self.device)
-        return Step(model, loss, rng, self.config.latents, self.config.amp, l2, kernels)
+        return Step(model, loss, rng, self.config.latents, self.config.amp, l2, kernels, self.world, self.part.start)
 
     def _total(self, epochs: int, batches: Batches) -> int:
         return min(epochs * batches.steps, self.config.max_steps or epochs * batches.steps)
@@ -263,13 +314,22 @@ class Trainer:
             derive(c.seed, "batches", 1),
             torch.bfloat16 if c.amp else torch.float32,
             c.hflip,
+            self.part,
         )
         loss = self._loss(c.resolved_kl_weight(), logits=True)
         step = self._step(1, model, loss, c.l2, l2_kernels(model, c.l2_on))
         some = self.test_images[: c.eval_images]
         total = self._total(c.epochs, batches)
         return Stage(
-            1, model, batches, step, c.epochs, c.lr, c.lr_halve, total, lambda: score_images(model, some, c.seed)
+            1,
+            model,
+            batches,
+            step,
+            c.epochs,
+            c.lr,
+            c.lr_halve,
+            total,
+            lambda: score_images(model, some, c.seed, self.world),
         )
 
     def _second_stage(self) -> Stage:
@@ -277,13 +337,21 @@ class Trainer:
         c, model = self.config, self.model.stage2
         assert model is not None
         self.model.stage1.requires_grad_(False)
-        self.posterior = encode_images(self.model.stage1, self.train_images)
-        batches = LatentBatches(*self.posterior, c.batch, derive(c.seed, "batches", 2))
+        self.posterior = encode_images(self.model.stage1, self.train_images, self.world)
+        batches = LatentBatches(*self.posterior, c.batch, derive(c.seed, "batches", 2), self.part)
         step = self._step(2, model, self._loss(1.0, logits=False), 0.0, [])
-        some = encode_images(self.model.stage1, self.test_images[: c.eval_images])
+        some = encode_images(self.model.stage1, self.test_images[: c.eval_images], self.world)
         total = self._total(c.epochs2, batches)
         return Stage(
-            2, model, batches, step, c.epochs2, c.lr2, c.lr_halve2, total, lambda: score_latents(model, some, c.seed)
+            2,
+            model,
+            batches,
+            step,
+            c.epochs2,
+            c.lr2,
+            c.lr_halve2,
+            total,
+            lambda: score_latents(model, some, c.seed, self.world),
         )
 
     def _recompute(self, stage: Stage, count: int) -> None:
@@ -298,16 +366,17 @@ class Trainer:
         def forward(x: Tensor) -> None:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=c.amp):
                 mu, log_sigma = model.encoder(x)
-                model.decoder(ops.sample_kl(mu, log_sigma, rng).z)
+                model.decoder(ops.sample_kl(mu, log_sigma, rng, first_sample=self.part.start).z)
 
         recompute_statistics(model, inputs, forward)
+        self.world.mean_(stage.step.statistics)
 
     def _finish_first_stage(self) -> None:
         """Recomputes the batch-norm statistics, then measures the stage on the whole test set."""
         c, model = self.config, self.model.stage1
-        figures_ema = score_images(model, self.test_images, c.seed).figures
+        figures_ema = score_images(model, self.test_images, c.seed, self.world).figures
         self._recompute(self.stage, c.bn_batches)
-        scores = score_images(model, self.test_images, c.seed)
+        scores = score_images(model, self.test_images, c.seed, self.world)
         self.results["stage1"] = {
             **scores.figures,
             **self._gamma(self.stage),
@@ -323,9 +392,9 @@ class Trainer:
 
     def _finish_second_stage(self) -> None:
         c, stage = self.config, self.stage
-        test = encode_images(self.model.stage1, self.test_images)
+        test = encode_images(self.model.stage1, self.test_images, self.world)
         self.results["stage2"] = {
-            **score_latents(stage.model, test, c.seed).figures,
+            **score_latents(stage.model, test, c.seed, self.world).figures,
             **self._gamma(stage),
             "steps": stage.done,
             "latents_per_s": stage.done * c.batch / max(stage.seconds, 1e-9),
@@ -334,6 +403,8 @@ class Trainer:
         measured = self.model.measure_rescale(*self.posterior, seed=c.seed)
         self.results["rescale"] = {**measured, "applied": self.model.rescales}
         self.save()  # the best model too, which needs a rescale of its own to be sampled from
+        if not self.world.first:
+            return
         tensors, description = load_checkpoint(self.folder / BEST)
         best = TwoStageVAE(c)
         best.load_tensors(under(tensors, "model"), self.folder / BEST)
@@ -404,6 +475,9 @@ class Trainer:
 
     def save(self) -> None:
         """Writes the last checkpoint, and the best one where there is a new one."""
+        if not self.world.first:
+            self.saved_at = time.monotonic()
+            return
         description = {
             "stage": self.stage.number,
             "step": self.stage.done,

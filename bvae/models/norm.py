@@ -16,6 +16,9 @@ from torch import Tensor, nn
 class BatchNorm2d(nn.Module):
     """Batch normalisation over [B,C,H,W] (per channel), affine.
 
+    `gather` is None, or what makes [ranks, ...] of a tensor, differentiably: the statistics are then those of the
+    batch over all ranks, of which each holds an equal part.
+
     Buffers: `running_mean`, `running_var` [C] are sums of batch statistics weighted as above and `running_weight`
     (scalar) is the sum of those weights; the statistics in use are the former divided by the latter.
     """
@@ -28,6 +31,7 @@ class BatchNorm2d(nn.Module):
         super().__init__()
         self.eps = eps
         self.momentum = 1.0 - decay
+        self.gather: Callable[[Tensor], Tensor] | None = None
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -45,9 +49,24 @@ class BatchNorm2d(nn.Module):
             mean, var = self.statistics()
             return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
         self.running_weight.lerp_(torch.ones_like(self.running_weight), self.momentum)
+        if self.gather is not None:
+            return self._over_ranks(x, self.gather)
         return F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
         )
+
+    def _over_ranks(self, x: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
+        """The same with each rank's mean and variance put together: the mean's variance over the ranks adds to it."""
+        var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+        means, variances = gather(torch.stack([mean, var])).unbind(1)  # each [ranks,C]
+        mean = means.mean(0)
+        var = variances.mean(0) + means.var(0, correction=0)
+        with torch.no_grad():
+            count = x.numel() // x.shape[1] * len(means)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)  # unbiased, as F.batch_norm keeps it
+        scale = (self.weight * (var + self.eps).rsqrt()).view(-1, 1, 1)
+        return ((x - mean.view(-1, 1, 1)) * scale + self.bias.view(-1, 1, 1)).to(x.dtype)
 
 
 def batch_norms(model: nn.Module) -> Iterator[BatchNorm2d]:
