@@ -1,0 +1,87 @@
+"""From images to statistics: the protocol, the network and the moments, batch by batch on the network's device."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bvae.errors import UserError
+from bvae.metrics.inception import FEATURES, Inception
+from bvae.metrics.moments import Moments
+from bvae.metrics.protocols import Protocol
+from bvae.metrics.statistics import Origin, Statistics
+
+
+class Extractor:
+    """Features of images under one protocol.
+
+    Args:
+        network: on its device, in its precision.
+        weights: digest of its weights.
+        batch: images through the network at a time.
+    """
+
+    def __init__(self, network: Inception, weights: str, protocol: Protocol, batch: int = 50) -> None:
+        self.network = network
+        self.protocol = protocol
+        self.batch = batch
+        self.weights = weights
+
+    def origin(self, done: str = "") -> Origin:
+        """Of its features; `done` is what was done to the images before: "", "+jpeg", "+stretch"."""
+        precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.network.dtype]
+        return Origin(self.protocol.name + done, self.weights, precision)
+
+    @torch.inference_mode()
+    def features(self, images: Tensor) -> Tensor:
+        """Images uint8 [B,H,W,C] or float [B,C,H,W] in [0,1], C 1 or 3 -> [B,2048] float32. Grey becomes colour."""
+        try:
+            parts = []
+            for part in images.split(self.batch):
+                part = part.to(self.network.device)
+                part = part.expand(-1, -1, -1, 3) if part.dtype == torch.uint8 else part.expand(-1, 3, -1, -1)
+                parts.append(self.network(self.protocol.prepare(part)))
+            return torch.cat(parts)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"not enough memory for {self.batch} images of 299x299 at a time on {self.network.device}: "
+                "lower --batch-size, or use --precision bf16"
+            ) from None
+
+    @torch.inference_mode()
+    def statistics(
+        self,
+        images: Iterable[Tensor],
+        keep: bool = False,
+        progress: Callable[[int], None] = lambda n: None,
+        done: str = "",
+    ) -> Statistics:
+        """Statistics of batches of images (see `features`), of any sizes.
+
+        Args:
+            keep: keep the features too. They are kept anyway while there are fewer than dimensions.
+            progress: called with the number of images after each batch.
+
+        In a distributed job the ranks each give images of their own and get the statistics of all.
+        """
+        moments = Moments(FEATURES, self.network.device)
+        kept: list[Tensor] | None = []
+        for batch in images:
+            features = self.features(batch)
+            moments.add(features)
+            if kept is not None:
+                kept.append(features)
+                if not keep and moments.n >= FEATURES:
+                    kept = None
+            progress(len(batch))
+        whole = torch.cat(kept) if kept else None
+        if dist.is_available() and dist.is_initialized():
+            moments.all_reduce()
+            parts: list[Tensor | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, None if whole is None else whole.cpu())
+            there = [part for part in parts if part is not None]
+            whole = torch.cat(there).to(self.network.device) if len(there) == len(parts) else None
+        if moments.n < 2:
+            raise UserError(f"{moments.n} image(s): a covariance needs at least 2")
+        return Statistics(moments.mean(), moments.covariance(), moments.n, self.origin(done), whole)
