@@ -1,10 +1,12 @@
 """Training data that lives on the device whole, and the batches drawn from it without the host.
 
 Both kinds give batches as (network input, target of the loss); the order of an epoch is a permutation made on the
-device from the seed and the epoch's number, so that a run can go on from the middle of any epoch.
+device from the seed and the epoch's number, so that a run can go on from the middle of any epoch. The order, and the
+place in it, are tensors that stay where they are: drawing a batch is the same device operations every time, which a
+CUDA graph can hold.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -13,8 +15,6 @@ from torch import Tensor
 from bvae import ops
 from bvae.errors import UserError
 from bvae.seeds import derive
-
-Prepare = Callable[[Tensor], tuple[Tensor, Tensor]]  # row numbers [B] int64 -> (input, target)
 
 
 def to_device(images: np.ndarray, device: torch.device) -> Tensor:
@@ -29,9 +29,14 @@ def to_device(images: np.ndarray, device: torch.device) -> Tensor:
 class Batches:
     """`count` samples in batches of `batch`, reshuffled every epoch; the last partial batch is dropped.
 
+    To be used as `begin` at an epoch's start, then `fetch` and `draw` for every batch; `epoch` does all three.
+
     `part` is what this process gives of every batch: all of it, or where several train together the rows that are its
     own. The order of an epoch is the same in all of them.
     """
+
+    resident = True
+    """whether `fetch` does nothing: several batches can then be drawn within one CUDA graph"""
 
     def __init__(self, count: int, batch: int, seed: int, device: torch.device, part: slice | None = None) -> None:
         self.count = count
@@ -40,22 +45,41 @@ class Batches:
         self.device = device
         self.steps = count // batch
         self.part = part or slice(0, batch)
+        own = len(range(batch)[self.part])
+        self.order = torch.zeros(self.steps, own, dtype=torch.int64, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
 
     def _generator(self, *names: str | int) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(derive(self.seed, *names))
 
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of `epoch` from the `first`-th on, as (input, target)."""
+    def begin(self, epoch: int, first: int = 0) -> None:
+        """Shuffles for `epoch` and stands before its `first`-th batch."""
         order = torch.randperm(self.count, generator=self._generator("order", epoch), device=self.device)
-        prepare = self._prepare(epoch)
-        for i in range(first, self.steps):
-            yield prepare(order[i * self.batch + self.part.start : i * self.batch + self.part.stop])
+        self.order.copy_(order[: self.steps * self.batch].view(self.steps, self.batch)[:, self.part])
+        self.position.fill_(first)
 
-    def _prepare(self, epoch: int) -> Prepare:
+    def fetch(self) -> None:
+        """What the host has to do for the next batch before it can be drawn."""
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """The next batch, as (input, target). Not to be called more often than the epoch has batches left."""
         raise NotImplementedError
 
+    def _next_rows(self) -> Tensor:
+        """This process's part of the next batch: row numbers [B] int64."""
+        rows = self.order.index_select(0, self.position).view(-1)
+        self.position += 1
+        return rows
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of `epoch` from the `first`-th on, as (input, target). One such iterator at a time."""
+        self.begin(epoch, first)
+        for _ in range(first, self.steps):
+            self.fetch()
+            yield self.draw()
+
     def state(self) -> dict[str, Tensor]:
-        """What must be kept to go on with the same batches, beside the epoch's number."""
+        """What must be kept to go on with the same batches, beside the epoch's number and the place in it."""
         return {}
 
 
@@ -81,18 +105,18 @@ class ImageBatches(Batches):
         super().__init__(images.shape[0], batch, seed, images.device, part)
         self.images = images
         self.dtype = dtype
-        self.hflip = hflip
+        self.flips = torch.zeros(self.count, dtype=torch.bool, device=self.device) if hflip else None
 
-    def _prepare(self, epoch: int) -> Prepare:
-        flips = None
-        if self.hflip:
+    def begin(self, epoch: int, first: int = 0) -> None:
+        super().begin(epoch, first)
+        if self.flips is not None:
             draw = torch.randint(2, (self.count,), generator=self._generator("flip", epoch), device=self.device)
-            flips = draw.bool()
+            self.flips.copy_(draw)
 
-        def prepare(index: Tensor) -> tuple[Tensor, Tensor]:
-            return ops.gather(self.images, index, None if flips is None else flips[index], dtype=self.dtype)
-
-        return prepare
+    def draw(self) -> tuple[Tensor, Tensor]:
+        rows = self._next_rows()
+        flips = None if self.flips is None else self.flips.index_select(0, rows)
+        return ops.gather(self.images, rows, flips, dtype=self.dtype)
 
 
 class LatentBatches(Batches):
@@ -108,14 +132,12 @@ class LatentBatches(Batches):
         self.log_sigma = log_sigma
         self.rng = ops.make_rng(derive(seed, "posterior noise"), mu.device)
 
-    def _prepare(self, epoch: int) -> Prepare:
-        def prepare(index: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.no_grad():
-                mu, log_sigma = self.mu[index], self.log_sigma[index]
-                z = ops.sample_kl(mu, log_sigma, self.rng, first_sample=self.part.start).z
-            return z, z
-
-        return prepare
+    @torch.no_grad()
+    def draw(self) -> tuple[Tensor, Tensor]:
+        rows = self._next_rows()
+        mu, log_sigma = self.mu.index_select(0, rows), self.log_sigma.index_select(0, rows)
+        z = ops.sample_kl(mu, log_sigma, self.rng, first_sample=self.part.start).z
+        return z, z
 
     def state(self) -> dict[str, Tensor]:
         return {"rng": self.rng}

@@ -117,6 +117,8 @@ class Config:
     """Cap on the steps of each stage."""
     device: Literal["auto", "cpu", "cuda"] = _free(default="auto")
     """Where to train; auto takes CUDA when there is one."""
+    graph: bool = _free(default=True)
+    """On CUDA, replay whole steps from a CUDA graph; the numbers do not depend on it."""
     eval_every: int = _free(default=1)
     """Measure the test loss every so many epochs (0: only at the end)."""
     eval_images: int = _free(default=2_000)
@@ -197,7 +199,8 @@ class Config:
         """The configuration that to_dict wrote, checked; `source` is the file named in errors."""
         hints = get_type_hints(Config)
         unknown = sorted(set(values) - set(hints))
-        missing = sorted(set(hints) - set(values))
+        # What may change on a resume may be absent: a run of an earlier version does not have every such setting.
+        missing = sorted({f.name for f in dataclasses.fields(Config) if not f.metadata.get("free")} - set(values))
         if missing:
             raise UserError(f"{source}: setting {missing[0]!r} is missing: written by another version of bvae?")
         if unknown:

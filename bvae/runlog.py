@@ -335,6 +335,11 @@ class RunLog:
             begun = f", from step {first_step}" if first_step else ""
             self._say(f"stage {stage}: {epochs} epochs of {steps_per_epoch} steps{begun}")
 
+    def note(self, line: str) -> None:
+        """Say something once, above the progress display."""
+        if self._console is not None:
+            self._say(line)
+
     def step(self, n: int = 1, values: Mapping[str, float] | None = None) -> None:
         """Count `n` more steps. Cheap: it touches no device and draws at most four times a second.
 

@@ -10,7 +10,7 @@ from bvae.models.norm import flatten_statistics
 from bvae.models.vae import VAE
 from bvae.world import ALONE, World
 
-ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
+BETAS, EPS = (0.9, 0.999), 1e-8  # Adam's
 
 
 def vae_loss(
@@ -43,10 +43,12 @@ class Sums:
         # sse/(2 gamma2 D) per image, which the computed gamma keeps near 1/2.
         balance = loss.mse / (2 * loss.gamma2)
         values = torch.stack([loss.loss.detach().float(), loss.nll, loss.kl, loss.mse, balance])
-        self.parts += torch.where(good, values, 0.0)
-        self.moments += torch.where(good, moments, 0.0)
-        self.counts += torch.stack([good, ~good])
-        self.trouble.copy_((self.trouble + torch.where(good, -0.25, 1.0)).clamp(min=0))
+        bad = ~good
+        # masked_fill, not where: a number given to where becomes a tensor on the host, which CUDA would wait for.
+        self.parts += values.masked_fill(bad, 0.0)
+        self.moments += moments.masked_fill(bad, 0.0)
+        self.counts += torch.stack([good, bad])
+        self.trouble.add_(bad, alpha=1.25).sub_(0.25).clamp_(min=0)
 
     def reset(self) -> None:
         for t in (self.parts, self.moments, self.counts):
@@ -87,13 +89,22 @@ class Step:
         self.l2 = l2
         self.l2_kernels = l2_kernels
         self.parameters = [*model.parameters(), *loss.parameters()]
-        self.optimizer = torch.optim.Adam(self.parameters, fused=True, **ADAM)  # type: ignore[arg-type]
+        # A tensor, so that a captured step follows the schedule.
+        self.lr = torch.zeros((), device=rng.device)
+        self.optimizer = torch.optim.Adam(
+            self.parameters, self.lr, BETAS, EPS, fused=True, capturable=rng.device.type == "cuda"
+        )
+        # torch's warning that a capturable optimiser runs uncaptured, which it does on purpose here at times.
+        self.optimizer._warned_capturable_if_run_uncaptured = True
+        for p in self.parameters:  # what Adam would make at its first step: a captured step must find it in place
+            like = torch.zeros_like(p, memory_format=torch.preserve_format, requires_grad=False)
+            step = torch.zeros((), device=p.device)
+            self.optimizer.state[p] = {"step": step, "exp_avg": like, "exp_avg_sq": like.clone()}
         self.statistics = flatten_statistics(model)
         self.sums = Sums(latents, rng.device)
 
     def set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.lr.fill_(lr)
 
     def __call__(self, x: Tensor, target: Tensor) -> None:
         before = [(t, t.clone()) for t in (self.statistics, self.loss.gamma2)]
@@ -132,6 +143,10 @@ class Step:
         self.loss.follow(mse)
         return Loss(whole, nll, kl, mse, loss.gamma2), total, moments * self.world.size
 
+    def state(self) -> list[Tensor]:
+        """Every tensor that a step changes and the next one reads; some may share memory."""
+        return [*self.model.parameters(), *self.model.buffers(), *self.loss.parameters(), *self.tensors().values()]
+
     def tensors(self) -> dict[str, Tensor]:
         """The state beside the model: optimiser, loss, noise and sums; fixed names, whatever the step."""
         state = {"rng": self.rng, **prefixed(self.sums.tensors(), "sums"), **prefixed(self.loss.state_dict(), "loss")}
@@ -147,10 +162,11 @@ class Step:
         for name, t in self.sums.tensors().items():
             t.copy_(state[f"sums.{name}"])
         for i, p in enumerate(self.parameters):
-            moments = under(state, f"adam.{i}")
-            self.optimizer.state.pop(p, None)
-            if any(t.shape != p.shape for n, t in moments.items() if n != "step"):
-                raise RuntimeError(f"the moments of parameter {i} are not of its shape {list(p.shape)}")
-            if moments:
-                like = {n: t.clone() if n == "step" else torch.empty_like(p).copy_(t) for n, t in moments.items()}
-                self.optimizer.state[p] = like
+            saved = under(state, f"adam.{i}")
+            for name, t in self.optimizer.state[p].items():
+                if not saved:  # a state from before the first step may have none
+                    t.zero_()
+                elif saved[name].shape != t.shape:
+                    raise RuntimeError(f"the moments of parameter {i} are not of its shape {list(p.shape)}")
+                else:
+                    t.copy_(saved[name])

@@ -23,6 +23,7 @@ from bvae.data import Dataset
 from bvae.data.shapes import FACTOR_TYPES
 from bvae.errors import UserError
 from bvae.files import encode_json, exists, write_atomically, writing
+from bvae.graph import Runner, make_runner
 from bvae.machine import describe_device, versions
 from bvae.metrics.latent import INACTIVE, factor_correlation, inactive, latent_variances
 from bvae.models.norm import batch_norms, recompute_statistics
@@ -190,16 +191,22 @@ class Trainer:
             images_per_step=stage.batches.batch,
             total_steps=stage.total,
         )
+        runner: Runner | None = None
         while stage.done < stage.total:
             epoch, first = divmod(stage.done, steps)
             stage.model.train()
             stage.step.loss.train()
             stage.step.set_lr(stage.lr_in(epoch))
+            stage.batches.begin(epoch, first)
+            if runner is None:
+                runner = self._runner(stage)
             started = time.monotonic()
-            for x, target in itertools.islice(stage.batches.epoch(epoch, first), stage.total - stage.done):
-                stage.step(x, target)
-                stage.done += 1
-                self.log.step(1, self._look(stage) if stage.done % self.config.log_every == 0 else None)
+            end = min((epoch + 1) * steps, stage.total)
+            while stage.done < end:
+                every = self.config.log_every
+                n = runner.run(min(end - stage.done, every - stage.done % every))
+                stage.done += n
+                self.log.step(n, self._look(stage) if stage.done % every == 0 else None)
                 # Not at an epoch's last step: a checkpoint between it and the epoch's end would lose that end.
                 if stage.done % steps and self._due():
                     stage.seconds += time.monotonic() - started
@@ -214,6 +221,12 @@ class Trainer:
                     self._save_or_stop()
         if stage.done % steps:  # --max-steps ended the stage in mid-epoch; its sums stay, for a resume with more steps
             self._end_epoch(stage, stage.done // steps + 1)
+
+    def _runner(self, stage: Stage) -> Runner:
+        runner = make_runner(stage.batches, stage.step, self.config.graph)
+        if runner.why_eager is not None and self.device.type == "cuda":
+            self.log.note(f"stage {stage.number}: steps run one by one, not as a CUDA graph: {runner.why_eager}")
+        return runner
 
     def _due(self) -> bool:
         """Whether to save or stop after this step."""

@@ -1,5 +1,10 @@
 """Devices to test on, and the skip of GPU tests where there is none."""
 
+import os
+
+# For the tests that turn on deterministic algorithms: cuBLAS reads it once, before its first product.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import pytest
 import torch
 

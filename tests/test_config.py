@@ -159,7 +159,8 @@ def test_an_edited_file_is_refused_by_name(key, value):
 # ---- what defines a run ---------------------------------------------------------------------------------------------
 
 FREE = {
-    "data", "epochs", "epochs2", "max_steps", "device", "eval_every", "eval_images", "log_every", "checkpoint_seconds",
+    "data", "epochs", "epochs2", "max_steps", "device", "graph", "eval_every", "eval_images", "log_every",
+    "checkpoint_seconds",
 }  # fmt: skip
 
 

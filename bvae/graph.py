@@ -1,0 +1,140 @@
+"""How a stage's steps are run: one by one from Python, or several at a time as one CUDA graph.
+
+A step is a few hundred small kernels, which a GPU finishes sooner than Python can launch them. The whole of it, from
+drawing the batch to Adam and the sums, reads and writes tensors that stay where they are and never looks at them from
+the host: so it is recorded once and replayed, and the numbers are those of the steps run one by one.
+
+Rules of recording: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bvae.batches import Batches
+from bvae.step import Step
+
+WARM_UP = 3  # steps before recording: cuDNN chooses its algorithms, libraries set themselves up
+STEPS = 4  # steps a replay, where the data is resident
+
+
+class Runner(Protocol):
+    """Runs the steps of a stage."""
+
+    @property
+    def why_eager(self) -> str | None:
+        """Why steps are not replayed from a CUDA graph; None where they are."""
+        ...
+
+    def run(self, most: int) -> int:
+        """Runs at least one and at most `most` (>= 1) steps, all in the epoch under way; returns how many.
+
+        On CUDA it does not wait for them.
+        """
+        ...
+
+
+class Eager:
+    """Steps run one by one from Python."""
+
+    def __init__(self, batches: Batches, step: Step, why: str) -> None:
+        self.batches = batches
+        self.step = step
+        self.why_eager = why
+
+    def run(self, most: int) -> int:
+        self.batches.fetch()
+        self.step(*self.batches.draw())
+        return 1
+
+
+class Graph:
+    """Steps replayed from CUDA graphs of one and of several steps. To be made in training mode, after Batches.begin.
+
+    Making it changes nothing but the gradients. Raises RuntimeError where the steps cannot be recorded.
+    """
+
+    why_eager = None
+
+    def __init__(self, batches: Batches, step: Step) -> None:
+        self.batches = batches
+        self.replays: dict[int, Callable[[], None]] = {}
+        state = [*step.state(), batches.position, *batches.state().values()]
+        kept = [t.detach().clone() for t in state]
+
+        def steps(n: int) -> None:
+            for _ in range(n):
+                step(*batches.draw())
+
+        with _recording() as record:
+            try:
+                for _ in range(WARM_UP):
+                    steps(1)
+                    _restore(state, kept)
+                # What a recorded step leaves in .grad must be of the graphs' own memory.
+                step.optimizer.zero_grad()
+                for n in (1, STEPS) if batches.resident else (1,):
+                    self.replays[n] = record(lambda n=n: steps(n))  # type: ignore[misc]
+            finally:
+                step.optimizer.zero_grad()
+                _restore(state, kept)
+
+    def run(self, most: int) -> int:
+        n = max(n for n in self.replays if n <= most)
+        self.batches.fetch()
+        self.replays[n]()
+        return n
+
+
+def make_runner(batches: Batches, step: Step, wanted: bool, obstacle: str | None = None) -> Runner:
+    """A Graph where one is `wanted` and can be, otherwise Eager, which says why. See Graph for when to call it.
+
+    Args:
+        obstacle: a reason of the caller's not to record steps.
+    """
+    if not wanted:
+        why = "--no-graph"
+    elif batches.device.type != "cuda":
+        why = f"there are no CUDA graphs on a {batches.device.type.upper()}"
+    elif obstacle is not None:
+        why = obstacle
+    else:
+        try:
+            return Graph(batches, step)
+        except RuntimeError as error:
+            why = f"recording failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    return Eager(batches, step, why)
+
+
+@torch.no_grad()
+def _restore(state: list[Tensor], kept: list[Tensor]) -> None:
+    for tensor, value in zip(state, kept, strict=True):
+        tensor.copy_(value)
+
+
+@contextmanager
+def _recording() -> Iterator[Callable[[Callable[[], None]], Callable[[], None]]]:
+    """A stream beside the current one, in which warm-up and recording have to be; the two wait for each other.
+
+    Gives `record(program)`, which records what `program` would have the device do, without doing it, and returns what
+    does it. What it returns may be called in any order, one at a time: all recordings share their working memory.
+    """
+    here, side, pool = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def record(program: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: what other threads ask of CUDA meanwhile (a loader pins memory) does no harm.
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+            program()
+        return graph.replay
+
+    side.wait_stream(here)
+    try:
+        with torch.cuda.stream(side):
+            yield record
+    finally:
+        torch.cuda.set_stream(here)  # a recording that failed may have left another
+        here.wait_stream(side)
