@@ -94,14 +94,20 @@ class TwoStageVAE(nn.Module):
         The same seed gives the same samples on every device, up to rounding, and the first m of n are those of m.
         `rescale` overrides the recipe's choice of rescaling them. Raises UserError where stage 2 was not trained.
         """
+        u = ops.philox_normal(ops.make_rng(derive(seed, "sample"), self.device), n, self.config.latents)
+        return self.latents_from(u, stage, rescale)
+
+    @torch.no_grad()
+    def latents_from(self, u: Tensor, stage: int = 2, rescale: bool | None = None) -> Tensor:
+        """Standard normal u [n,k] -> latents z [n,k] to decode, as sample_latents makes them of its own noise."""
         if stage not in (1, 2):
             raise ValueError(f"stage must be 1 or 2, not {stage}")
         self.eval()
-        z = ops.philox_normal(ops.make_rng(derive(seed, "sample"), self.device), n, self.config.latents)
+        z = u
         if stage == 2:
             if self.stage2 is None:
                 raise UserError("this model has no second stage (it was trained with --epochs2 0): sample with stage 1")
-            z = torch.cat([self.stage2.decoder(part) for part in _split(z)])
+            z = torch.cat([self.stage2.decoder(part) for part in _split(u)])
         scaled = self.rescales if rescale is None else rescale
         return z * self.latent_scale[stage - 1] if scaled else z
 

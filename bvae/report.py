@@ -1,0 +1,167 @@
+"""python -m bvae.report: one self-contained page on a run, or on several side by side."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bvae.checkpoint import LAST
+from bvae.config import Config
+from bvae.data import Dataset
+from bvae.datasource import load_data
+from bvae.errors import UserError, run_command
+from bvae.files import exists, write_atomically
+from bvae.machine import pick_device, versions
+from bvae.report_page import RunContent, render
+from bvae.report_views import compute_views
+from bvae.runlog import METRICS, read_metrics
+from bvae.trainer import RESULTS
+from bvae.two_stage import load, read_config, read_run
+
+REPORT = "report.html"
+COMPARISON = "comparison.html"
+
+
+class DataCache:
+    """The images of one configuration at a time: runs that are compared mostly share theirs."""
+
+    def __init__(self, data: Dataset | None = None, source: str | None = None) -> None:
+        """data: to be used for every run, whatever its configuration. source: --data, in place of a run's own path."""
+        self.data = data
+        self.given = data is not None
+        self.source = source
+        self.key: tuple[Any, ...] = ()
+
+    def of(self, c: Config) -> Dataset:
+        """Raises UserError where the images cannot be had."""
+        key = (c.data, c.side, c.channels, c.jpeg_roundtrip, c.data_seed, c.shapes_train, c.shapes_test)
+        if not self.given and key != self.key:
+            self.data = None  # not two sets at once
+            self.data, self.key = load_data(c, self.source), key
+        assert self.data is not None
+        return self.data
+
+
+def read_content(folder: Path, name: str, cache: DataCache, device: str = "auto") -> RunContent:
+    """What there is to show of a run, finished or not. Raises UserError where `folder` is no run at all."""
+    run = RunContent(name, read_run(folder), {}, [], "")
+    # Whatever else cannot be read leaves a sentence: a report on half a run is worth having.
+    try:
+        run.results = _results(folder)
+    except UserError as error:
+        run.notes.append(f"The final figures are missing: {error}.")
+    try:
+        run.records = read_metrics(folder) if exists(folder / METRICS) else []
+    except UserError as error:
+        run.notes.append(f"The curves are missing: {error}.")
+    run.state = _state(run, exists(folder / LAST))
+    try:
+        config = read_config(folder)
+        model = load(folder, device=pick_device(device))
+    except UserError as error:
+        run.notes.append(f"There are no pictures, for the model cannot be read: {error}.")
+        return run
+    data = None
+    try:
+        data = cache.of(config)
+    except UserError as error:
+        if cache.source is not None:
+            raise
+        run.notes.append(
+            f"Reconstructions and nearest training images are missing, for the images are not at hand: {error}. "
+            "With --data PATH they are read from elsewhere."
+        )
+    trained_on = run.info.get("data", {}).get("digest")
+    if data is not None and trained_on not in (None, data.digest):
+        run.notes.append(f"The images, {data.name}, are not the ones this run was trained on.")
+    stages = [stage for stage in _stages(run, exists(folder / LAST)) if stage == 1 or model.stage2 is not None]
+    run.views = compute_views(model, run.records, data, stages, config.seed)
+    run.notes += run.views.missing
+    return run
+
+
+def _results(folder: Path) -> Mapping[str, Any]:
+    path = folder / RESULTS
+    if not exists(path):
+        return {}
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
+    if not isinstance(values, dict) or not all(isinstance(values.get(f"stage{n}", {}), dict) for n in (1, 2)):
+        raise UserError(f"{path} does not hold the figures of a run")
+    return values
+
+
+def _stages(run: RunContent, in_training: bool) -> list[int]:
+    """The stages that have been trained, at least in part."""
+    stages = {r["stage"] for r in run.records} | {n for n in (1, 2) if f"stage{n}" in run.results}
+    if not stages & {1, 2}:
+        return [1] if in_training else [1, 2]  # a model alone says nothing of its training
+    return sorted(stages & {1, 2})
+
+
+def _state(run: RunContent, in_training: bool) -> str:
+    if run.results:
+        return "Finished."
+    if run.records:
+        last = run.records[-1]
+        of = run.info["config"].get("epochs" if last["stage"] == 1 else "epochs2", "?")
+        return (
+            f"Not finished: stage {last['stage']} has had {last['epoch']} of {of} epochs. Pictures are of the last "
+            "checkpoint, whose batch norm still lags behind its weights."
+        )
+    return "Not finished: no epoch is over." if in_training else "A saved model, without the records of its training."
+
+
+def write_report(
+    folders: Sequence[Path],
+    out: Path | None = None,
+    *,
+    data: Dataset | None = None,
+    source: str | None = None,
+    device: str = "auto",
+) -> Path:
+    """Writes the page on one run or several; returns where.
+
+    Args:
+        folders: of the runs, finished or not.
+        out: the file; by default report.html in the run's folder, and comparison.html here for several runs.
+        data: the images, if they are loaded already.
+        source: where they are read from; by default from where each run's own configuration says.
+
+    Raises:
+        UserError: for a folder that is no run, for a `source` that cannot be read, and where `out` cannot be written.
+    """
+    places = [folder.resolve() for folder in folders]
+    for place, folder in zip(places, folders, strict=True):
+        if places.count(place) > 1:
+            raise UserError(f"{folder}: given twice")
+    names = [place.name for place in places]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    cache = DataCache(data, source)
+    runs = [read_content(folder, name, cache, device) for folder, name in zip(folders, names, strict=True)]
+    if out is None:
+        out = folders[0] / REPORT if len(folders) == 1 else Path(COMPARISON)
+    write_atomically(out, render(runs, versions()["bvae"]).encode())
+    return out
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bvae.report", description=__doc__)
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="a run's folder; several are compared")
+    parser.add_argument(
+        "--out", type=Path, help=f"the page; by default RUN/{REPORT}, or {COMPARISON} here for several runs"
+    )
+    parser.add_argument("--data", help="images as for training; by default what each run was trained on")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    args = parser.parse_args(argv)
+    for folder in args.runs:
+        read_run(folder)  # all of them, before minutes are spent on the first
+    print(f"report: {write_report(args.runs, args.out, source=args.data, device=args.device)}")
+
+
+if __name__ == "__main__":
+    run_command(main)
