@@ -13,12 +13,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError, features
 
+from bvae.data.decoders import jpeg
 from bvae.data.decoders.interface import Decoder
 from bvae.data.decoders.resize import resize
 from bvae.data.recipe import Decoded, Item, Recipe, Rejected, collect
@@ -34,7 +35,8 @@ def decode_image(data: bytes, recipe: Recipe) -> np.ndarray:
     """One encoded image -> uint8 [size, size, channels].
 
     In this order: the first frame; EXIF orientation; the crop; RGB or, for one channel, L (transparency is dropped);
-    the resize (`bvae.data.decoders.resize`).
+    the resize (`bvae.data.decoders.resize`). Of a plain JPEG the rows below the crop are not decoded, so damage there
+    goes unseen; none of the pixels change.
 
     Raises:
         Rejected: if it is not of one of FORMATS, cannot be decoded to its end, is deeper than 8 bits a channel, has
@@ -42,15 +44,22 @@ def decode_image(data: bytes, recipe: Recipe) -> np.ndarray:
     """
     if not data:
         raise Rejected("is empty")
+    header = jpeg.read_header(data)
+    box = None
+    if header is not None and header.plain:
+        _check_size(header.width, header.height)
+        box = recipe.box(header.width, header.height)
+        data = jpeg.keep_rows(data, header, box[3])
     # Pillow's plugins raise nearly anything on damaged files (OSError, SyntaxError, struct.error, ...).
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Rejected(f"is {image.width}x{image.height}, more than the {MAX_PIXELS} pixels accepted")
-            if _is_deep(image):
-                raise Rejected("is deeper than 8 bits a channel; convert it to 8")
-            upright: Image.Image = image if _is_upright(image) else ImageOps.exif_transpose(image)
-            cropped = upright.crop(recipe.box(*upright.size))
+            upright: Image.Image = image
+            if box is None:
+                _check_size(*image.size)
+                _check_depth(image)
+                upright = ImageOps.exif_transpose(image)
+                box = recipe.box(*upright.size)
+            cropped = upright.crop(box)
             mode = "RGB" if recipe.channels == 3 else "L"
             if cropped.mode != mode:
                 cropped = cropped.convert(mode)
@@ -59,6 +68,8 @@ def decode_image(data: bytes, recipe: Recipe) -> np.ndarray:
         raise
     except UnidentifiedImageError:
         raise Rejected(f"is not an image in a format accepted ({', '.join(FORMATS)})") from None
+    except Image.DecompressionBombError:  # Pillow's own limit, which it looks at first, is wider
+        raise Rejected(f"has more than the {MAX_PIXELS} pixels accepted") from None
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise Rejected(f"cannot be decoded ({reason[:120]})") from error
@@ -68,14 +79,21 @@ def decode_image(data: bytes, recipe: Recipe) -> np.ndarray:
 def decode_items(items: Sequence[Item], recipe: Recipe) -> Decoded:
     """A chunk, one item after the other."""
     results: list[np.ndarray | Rejected] = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Pillow, on odd metadata and large images: what matters is raised
+    with quiet():
         for item in items:
             try:
                 results.append(decode_image(item.read(), recipe))
             except Rejected as error:
                 results.append(error)
     return collect(results, recipe)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences Pillow's warnings, on odd metadata and large images: what matters is raised."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def pillow_name_and_versions() -> tuple[str, dict[str, str]]:
@@ -108,8 +126,9 @@ class PillowDecoder(Decoder):
             return
         try:
             yield from self._run(chunks)
-        finally:
-            self.close()  # a run that was left early has answers on the way that nobody waits for
+        except BaseException:  # among them GeneratorExit: answers are on the way that nobody will wait for
+            self.close()
+            raise
 
     def _run(self, chunks: Iterable[Sequence[Item]]) -> Iterator[Decoded]:
         source = enumerate(chunks)
@@ -189,10 +208,14 @@ class _Worker:
     def receive(self) -> tuple[int, Decoded]:
         with self._alive():
             answer: Any = self.connection.recv()
-        if isinstance(answer, Exception):
-            raise answer
+            if isinstance(answer, Exception):
+                raise answer
+            shape, kept, rejected = answer
+            pixels = np.empty(shape, np.uint8)
+            if pixels.size:
+                self.connection.recv_bytes_into(pixels.data.cast("B"))
         index, _ = self.pending.popleft()
-        return index, answer
+        return index, Decoded(pixels, kept, rejected)
 
     @contextlib.contextmanager
     def _alive(self) -> Iterator[None]:
@@ -207,11 +230,17 @@ class _Worker:
             raise UserError(f"a decoding worker {how}{where}{hint}") from error
 
 
-def _is_deep(image: Image.Image) -> bool:
-    """Whether the file has more than 8 bits a channel; Pillow cuts some of those down to 8 without a word."""
-    return image.mode[0] in "IF" or any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise Rejected(f"is {width}x{height}, more than the {MAX_PIXELS} pixels accepted")
 
 
-def _is_upright(image: Image.Image) -> bool:
-    """Whether a look at the metadata can be spared."""
-    return image.format == "JPEG" and "exif" not in image.info and "xmp" not in image.info
+def _check_depth(image: Image.Image) -> None:
+    """Rejects more than 8 bits a channel: Pillow clips some to 8 and cuts others down, both without a word."""
+    deep = image.mode[0] in "IF"
+    if image.format in ("PNG", "PPM", "TIFF"):  # what Pillow is about to read, before it makes 8 bits of it
+        for tile in cast(ImageFile.ImageFile, image).tile:
+            rawmode, *rest = (tile.args,) if isinstance(tile.args, str) else tile.args or ("",)
+            deep |= ";16" in rawmode or (tile.codec_name.startswith("ppm") and rest[0] > 255)
+    if deep:
+        raise Rejected("is deeper than 8 bits a channel; convert it to 8")

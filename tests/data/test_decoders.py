@@ -1,0 +1,412 @@
+"""What defines the pixels: `decode_image`, its resize and its reading of JPEG headers; and Pillow's processes."""
+
+import io
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from decoder_samples import Buggy, Deadly, Held, Unreadable, chunk, encode, mixed_items, picture, png
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps, features
+
+import bvae
+from bvae.data.decoders import jpeg, open_decoder
+from bvae.data.decoders.pillow import PillowDecoder, decode_image, decode_items, pillow_name_and_versions
+from bvae.data.decoders.resize import resize
+from bvae.data.recipe import FILTERS, Recipe, Rejected
+from bvae.errors import UserError
+
+RECIPE = Recipe(size=16, channels=3)
+SIMD = pillow_name_and_versions()[0] == "pillow-simd"
+
+# ---- the resize -----------------------------------------------------------------------------------------------------
+
+
+def defined_resize(pixels, size, filter, antialias):
+    """The definition in resize.py in float64, but for the rounding: uint8 [h, w, C] -> float64 [size, size, C]."""
+
+    def f(x):
+        x = abs(x)
+        if filter == "bilinear":
+            return np.maximum(1 - x, 0)
+        if filter == "bicubic":
+            far = (x < 2) * (-0.5 * x**3 + 2.5 * x**2 - 4 * x + 2)
+            return np.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, far)
+        return (x < 3) * np.sinc(x) * np.sinc(x / 3)
+
+    def matrix(n):
+        s = n / size
+        c = (np.arange(size)[:, None] + 0.5) * s
+        j = np.arange(n)
+        weights = (j == c // 1) * 1.0 if filter == "nearest" else f((j + 0.5 - c) / (max(s, 1) if antialias else 1))
+        return weights / weights.sum(1, keepdims=True)
+
+    height, width, _ = pixels.shape
+    rows = np.einsum("jw,hwc->hjc", matrix(width), pixels.astype(float)).clip(0, 255)
+    return np.einsum("ih,hjc->ijc", matrix(height), rows).clip(0, 255)
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("filter", FILTERS)
+@pytest.mark.parametrize(("height", "width", "size"), [(128, 128, 64), (148, 140, 64), (33, 57, 16), (1, 9, 20)])
+def test_the_resize_is_the_definition_within_one(filter, antialias, height, width, size):
+    pixels = picture(height, width)
+    result = resize(Image.fromarray(pixels), size, filter, antialias)
+    # Two roundings to 8 bits, of which the first may be magnified by the second pass' negative weights.
+    assert np.abs(result - defined_resize(pixels, size, filter, antialias)).max() <= 1.2
+    grey = resize(Image.fromarray(pixels[..., 0]), size, filter, antialias)
+    # pillow-simd rounds one channel and three in other ways.
+    assert np.abs(grey.astype(int) - result[..., 0]).max() <= int(SIMD)
+
+
+@pytest.mark.parametrize("filter", FILTERS)
+def test_growing_needs_no_antialias(filter):
+    image = Image.fromarray(picture(20, 14))
+    with_it, without = (resize(image, 40, filter, antialias).astype(int) for antialias in (True, False))
+    assert np.abs(with_it - without).max() <= int(SIMD)
+
+
+@pytest.mark.parametrize("filter", FILTERS)
+@pytest.mark.parametrize("antialias", [True, False])
+def test_pixel_centres_are_half_way(filter, antialias):
+    """A resize that has no preferred side commutes with mirroring; on odd ratios nearest has ties nowhere."""
+    pixels = picture(45, 45)
+    plain, mirrored = (
+        resize(Image.fromarray(np.ascontiguousarray(p)), 15, filter, antialias) for p in (pixels, pixels[::-1, ::-1])
+    )
+    assert np.abs(plain.astype(int) - mirrored[::-1, ::-1]).max() <= 1
+
+
+def test_antialias_is_what_a_checkerboard_shows():
+    board = np.repeat((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)[..., None], 3, -1)
+    for filter in ("bilinear", "bicubic", "lanczos"):
+        assert np.ptp(resize(Image.fromarray(board), 16, filter, True)[2:-2, 2:-2]) <= 12
+    assert set(np.unique(resize(Image.fromarray(board), 16, "nearest", True))) <= {0, 255}
+    assert np.ptp(resize(Image.fromarray(board), 9, "bilinear", False)) > 100
+
+
+# ---- one image ------------------------------------------------------------------------------------------------------
+
+
+def plainly(data, recipe):
+    """The pixels without any short cut: everything decoded, turned, cropped, converted, resized."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB" if recipe.channels == 3 else "L")
+    cropped = image.crop(recipe.box(*image.size))
+    return resize(cropped, recipe.size, recipe.filter, recipe.antialias).reshape(recipe.size, recipe.size, -1)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sparing_rows_of_a_jpeg_changes_no_pixel(subsampling, progressive, channels):
+    spared = 0
+    for height in range(60, 93):
+        data = encode(picture(height, 40), subsampling=subsampling, progressive=progressive)
+        for crop in (1, 16, 31, 40, "square", "none"):
+            recipe = Recipe(size=8, channels=channels, crop=crop)
+            assert np.array_equal(decode_image(data, recipe), plainly(data, recipe))
+            bottom = recipe.box(40, height)[3]
+            spared += jpeg.keep_rows(data, jpeg.read_header(data), bottom) != data
+    assert (spared > 0) != progressive
+
+
+def test_restart_markers_and_grey_are_spared_alike():
+    recipe = Recipe(size=8, channels=3, crop=16)
+    for data in (encode(picture(90, 40), restart_marker_blocks=2), encode(picture(90, 40)[..., 0], quality=95)):
+        header = jpeg.read_header(data)
+        assert header.plain and len(jpeg.keep_rows(data, header, 53)) == len(data) != 0
+        assert jpeg.read_header(jpeg.keep_rows(data, header, 53)).height < 90
+        assert np.array_equal(decode_image(data, recipe), plainly(data, recipe))
+
+
+def test_what_is_not_a_plain_jpeg():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = picture()
+    plain = encode(image)
+    assert jpeg.read_header(plain).plain and jpeg.read_header(encode(image, progressive=True)).plain
+    for data in (
+        encode(image, exif=exif),
+        encode(Image.fromarray(image).convert("CMYK")),
+        encode(image, keep_rgb=True),
+        plain[:-1],
+        plain + b"\0",
+    ):
+        assert not jpeg.read_header(data).plain
+    for data in (b"", b"\xff\xd8", b"\xff\xd8\xff", plain[:200], encode(image, "PNG"), b"\xff\xd8" + bytes(100)):
+        assert jpeg.read_header(data) is None
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_orientation(orientation, format):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(picture(40, 64), format, exif=exif, **({"quality": 95} if format == "JPEG" else {}))
+    recipe = Recipe(size=40, channels=3, crop=40)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert (upright.size == (40, 64)) == (orientation >= 5)
+    assert np.array_equal(decode_image(data, recipe), np.asarray(upright.crop(recipe.box(*upright.size))))
+
+
+MODES = {
+    "PNG": ["1", "L", "LA", "P", "RGB", "RGBA"],
+    "JPEG": ["1", "L", "RGB", "CMYK"],
+    "TIFF": ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"],
+    "BMP": ["1", "L", "P", "RGB", "RGBA"],
+    "GIF": ["1", "L", "P", "RGB"],
+    "PPM": ["1", "L", "RGB"],
+    "WEBP": ["RGB", "RGBA"],
+}
+
+
+@pytest.mark.parametrize(("format", "mode"), [(format, mode) for format, modes in MODES.items() for mode in modes])
+def test_modes_become_rgb_or_grey(mode, format):
+    if format == "WEBP" and not features.check("webp"):
+        pytest.skip("this Pillow is built without WebP")
+    data = encode(Image.fromarray(picture(32, 32)).convert(mode), format)
+    for channels in (1, 3):
+        recipe = Recipe(size=16, channels=channels)
+        assert np.array_equal(decode_image(data, recipe), plainly(data, recipe))
+
+
+def test_the_first_frame_of_an_animation():
+    frames = [Image.fromarray(picture(32, 32, seed)).convert("P") for seed in range(3)]
+    for format in ("GIF", "PNG"):
+        data = encode(frames[0], format, save_all=True, append_images=frames[1:])
+        assert np.array_equal(decode_image(data, Recipe(size=32, channels=3)), np.asarray(frames[0].convert("RGB")))
+
+
+def test_one_pixel():
+    data = encode(Image.new("RGB", (1, 1), (10, 20, 30)), "PNG")
+    assert (decode_image(data, RECIPE) == (10, 20, 30)).all()
+    with pytest.raises(Rejected, match="1x1, smaller than the crop of 2"):
+        decode_image(data, Recipe(size=16, channels=3, crop=2))
+
+
+def tiff16():
+    """An RGB TIFF of 16 bits a channel, which Pillow would cut down to 8."""
+    entries = [(256, 4), (257, 4), (258, 200), (259, 1), (262, 2), (273, 300), (277, 3), (278, 4), (279, 96)]
+    data = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    for tag, value in entries:
+        data += struct.pack("<HHII", tag, 3, 3 if tag == 258 else 1, value)
+    return (data.ljust(200, b"\0") + struct.pack("<HHH", 16, 16, 16)).ljust(300, b"\0") + bytes(96)
+
+
+BAD = {
+    "empty": (b"", "empty"),
+    "text": (b"no image at all", "format"),
+    "a header alone": (b"\xff\xd8\xff", "format"),
+    "truncated JPEG": (encode(picture())[:-200], "cannot be decoded"),
+    "JPEG cut in its header": (encode(picture())[:300], "cannot be decoded"),
+    "truncated PNG": (encode(picture(), "PNG")[:-2000], "cannot be decoded"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n", "format"),
+    "16-bit grey PNG": (png(4, 4, 16, 0, (b"\0" + bytes(8)) * 4), "8 bits"),
+    "16-bit RGB PNG": (png(4, 4, 16, 2, (b"\0" + bytes(24)) * 4), "8 bits"),
+    "16-bit RGBA PNG": (png(4, 4, 16, 6, (b"\0" + bytes(32)) * 4), "8 bits"),
+    "16-bit RGB PPM": (b"P6 4 4 65535\n" + bytes(96), "8 bits"),
+    "10-bit plain PPM": (b"P3 4 4 1023\n" + b"1 " * 48, "8 bits"),
+    "16-bit RGB TIFF": (tiff16(), "8 bits"),
+    "float TIFF": (encode(picture()[..., 0].astype(np.float32), "TIFF"), "8 bits"),
+    "a bomb": (png(2**14, 2**13, 8, 2, bytes(1000)), "16384x8192, more than the 67108864 pixels"),
+    "a larger bomb": (png(2**30, 2**30, 8, 2, bytes(1000)), "pixels"),
+    "nothing by nothing": (b"P6 0 0 255\n", "format"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_rejections_say_why_in_one_line(name):
+    data, word = BAD[name]
+    with pytest.raises(Rejected) as caught:
+        decode_image(data, RECIPE)
+    reason = str(caught.value)
+    assert word in reason and len(reason.splitlines()) == 1 and len(reason) < 200
+    assert "0x" not in reason  # an address would differ from run to run
+
+
+def test_a_jpeg_bomb_is_rejected_before_it_is_decoded():
+    data = bytearray(encode(picture()))
+    at = jpeg.read_header(bytes(data)).height_at
+    data[at : at + 4] = b"\xff\xff\xff\xff"
+    with pytest.raises(Rejected, match="65535x65535, more than"):
+        decode_image(bytes(data), RECIPE)
+
+
+@pytest.fixture(scope="module")
+def originals():
+    formats = ["PNG", "JPEG", "BMP", "GIF", "TIFF", "PPM"] + ["WEBP"] * features.check("webp")
+    return [encode(picture(48, 40, seed), format) for seed, format in enumerate(formats)]
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(
+    which=st.integers(0, 6),
+    changes=st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size=6),
+    kept=st.one_of(st.just(1.0), st.floats(0, 1)),
+)
+def test_mutated_files_decode_or_are_rejected(originals, which, changes, kept):
+    data = bytearray(originals[which % len(originals)])
+    for position, value in changes:
+        data[position % min(len(data), 900)] = value
+    data = bytes(data[: int(kept * len(data))])
+    recipe = Recipe(size=8, channels=3, crop=16)
+    (decoded,) = [decode_items([Held("a", data)], recipe)]
+    assert len(decoded.kept) + len(decoded.rejected) == 1
+    header = jpeg.read_header(data)
+    if decoded.kept and header is not None:
+        try:
+            expected = plainly(data, recipe)
+        except Exception:
+            return  # damaged below the crop, where decode_image does not look
+        assert np.array_equal(decoded.pixels[0], expected)
+
+
+# ---- worker processes -----------------------------------------------------------------------------------------------
+
+
+def everything(decoder, items, chunk=6):
+    with decoder:
+        return list(decoder.run(items[i : i + chunk] for i in range(0, len(items), chunk)))
+
+
+def test_any_number_of_workers_gives_the_same():
+    items = mixed_items()
+    recipe = Recipe(size=16, channels=3, crop=60)
+    results = [everything(PillowDecoder(recipe, workers, ""), items) for workers in (1, 2, 4)]
+    for decoded in zip(*results, strict=True):
+        for other in decoded[1:]:
+            assert np.array_equal(other.pixels, decoded[0].pixels)
+            assert (other.kept, other.rejected) == (decoded[0].kept, decoded[0].rejected)
+    rejected = [reason for decoded in results[0] for _, reason in decoded.rejected]
+    assert len(rejected) == 9 and "is encrypted" in rejected
+    assert sum(len(decoded.kept) for decoded in results[0]) == len(items) - 9
+    assert len(results[0][-1].kept) + len(results[0][-1].rejected) == len(items) % 6
+
+
+def test_a_decoder_runs_again_and_takes_chunks_of_any_length():
+    good = encode(picture())
+    with open_decoder("pillow", RECIPE, 2) as decoder:
+        for _ in range(2):
+            chunks = [[Held("a", good)] * n for n in (1, 0, 3)] + [[Unreadable("b", b"")]]
+            assert [len(decoded.pixels) for decoded in decoder.run(chunks)] == [1, 0, 3, 0]
+        assert list(decoder.run([])) == []
+
+
+def test_few_chunks_are_drawn_ahead():
+    drawn = 0
+
+    def chunks():
+        nonlocal drawn
+        for _ in range(100):
+            drawn += 1
+            yield [Held("a", encode(picture()))]
+
+    with PillowDecoder(RECIPE, 2, "") as decoder:
+        for taken, _ in enumerate(decoder.run(chunks())):
+            assert drawn <= taken + 7
+            if taken == 20:
+                break
+
+
+def test_a_worker_that_dies_ends_the_run_with_its_images_named():
+    good = encode(picture())
+    items = [Held(f"{i}.jpg", good) for i in range(40)]
+    items[21] = Deadly("deadly.jpg", b"")
+    with PillowDecoder(RECIPE, 2, "") as decoder:
+        with pytest.raises(UserError, match=r"SIGKILL.*4 images from '20.jpg' to '23.jpg'.*fewer workers") as caught:
+            list(decoder.run(items[i : i + 4] for i in range(0, 40, 4)))
+        assert len(str(caught.value).splitlines()) == 1
+        assert [len(decoded.kept) for decoded in decoder.run([items[:4]])] == [4]  # with new workers
+
+
+def test_what_a_worker_raises_is_raised_here():
+    with PillowDecoder(RECIPE, 2, "") as decoder, pytest.raises(ValueError, match="a bug"):
+        list(decoder.run([[Held("a", encode(picture())), Buggy("b", b"")]]))
+
+
+def test_large_items_on_their_way_to_busy_workers_block_nobody():
+    items = [Held(str(i), encode(picture(700, 700, i), "BMP")) for i in range(6)]
+    recipe = Recipe(size=512, channels=3)
+    results = everything(PillowDecoder(recipe, 2, ""), items, chunk=1)
+    assert [len(decoded.kept) for decoded in results] == [1] * 6
+
+
+SCRIPT = """
+import os, signal, sys, time
+from decoder_samples import Held, encode, picture
+from bvae.data.decoders.pillow import PillowDecoder
+from bvae.data.recipe import Recipe
+
+assert "torch" not in sys.modules
+decoder = PillowDecoder(Recipe(size=16, channels=3), 2, "")
+chunks = ([Held("a", encode(picture()))] * 4 for _ in range(10**9))
+for i, _ in enumerate(decoder.run(chunks)):
+    if i == 5:
+        print(*[worker.process.pid for worker in decoder._pool], flush=True)
+        HOW
+"""
+
+
+@pytest.mark.parametrize(
+    "how", ["os.kill(os.getpid(), signal.SIGKILL)", "os.kill(os.getpid(), signal.SIGINT)", "break"]
+)
+def test_workers_do_not_outlive_their_parent(how):
+    """However it ends, also without closing the decoder; and a script needs no `if __name__ == "__main__"`."""
+    paths = [str(Path(bvae.__file__).parent.parent), str(Path(__file__).parent)]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {paths}\n" + SCRIPT.replace("HOW", how)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2, done.stderr
+    deadline = time.monotonic() + 20
+    while any(_runs(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert "worker" not in done.stderr
+
+
+def _runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(")")[-1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_open_decoder_refuses_in_one_line():
+    with pytest.raises(UserError, match="workers"):
+        open_decoder("pillow", RECIPE, 0)
+    with pytest.raises(UserError, match="backend"):
+        open_decoder("opencv", RECIPE)
+
+
+def test_auto_says_what_it_took_and_what_would_be_faster():
+    with open_decoder("auto", RECIPE, 1) as decoder:
+        assert decoder.name in decoder.versions or decoder.name == "dali-cpu"
+        assert ("pillow-simd would be faster" in decoder.why) == (decoder.name == "pillow")
+        assert len(decoder.why.splitlines()) == 1
+    with open_decoder("pillow", RECIPE, 1) as decoder:
+        assert decoder.name == ("pillow-simd" if SIMD else "pillow") and "as asked" in decoder.why
+        assert set(decoder.versions) >= {decoder.name, "libjpeg-turbo"}
+
+
+def test_a_webp_image_where_pillow_has_no_webp_is_a_rejection():
+    riff = b"RIFF" + (100).to_bytes(4, "little") + b"WEBPVP8 " + bytes(90)
+    with pytest.raises(Rejected):
+        decode_image(riff, RECIPE)
+
+
+def test_text_chunks_that_swell_are_rejected_or_ignored():
+    swelling = png(4, 4, 8, 2, (b"\0" + bytes(12)) * 4).replace(
+        b"\0\0\0\0IEND", chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**26))) + b"\0\0\0\0IEND"
+    )
+    decoded = decode_items([Held("a", swelling)], RECIPE)
+    assert len(decoded.kept) + len(decoded.rejected) == 1

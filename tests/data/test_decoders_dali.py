@@ -1,0 +1,139 @@
+"""DALI as the decoder: Pillow's pixels, whatever else is in the batch."""
+
+import sys
+
+import numpy as np
+import pytest
+from decoder_samples import Held, encode, mixed_items, picture
+from PIL import Image
+
+from bvae.data.decoders import open_decoder
+from bvae.data.decoders.dali import DaliDecoder, dali_installed
+from bvae.data.decoders.pillow import PillowDecoder
+from bvae.data.recipe import FILTERS, Recipe
+from bvae.errors import UserError
+
+needs_dali = pytest.mark.skipif(not dali_installed(), reason="DALI (nvidia-dali-cuda130) is not installed")
+
+
+def both(recipe, items, chunk=8, workers=2):
+    chunks = [items[i : i + chunk] for i in range(0, len(items), chunk)]
+    with DaliDecoder(recipe, workers, "cpu", "") as dali, PillowDecoder(recipe, 1, "") as pillow:
+        return list(dali.run(chunks)), list(pillow.run(chunks))
+
+
+def same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.kept, one.rejected) == (other.kept, other.rejected)
+        assert np.array_equal(one.pixels, other.pixels)
+
+
+@needs_dali
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_plain_jpegs_have_pillows_pixels(subsampling, progressive):
+    items = [
+        Held(str(i), encode(picture(64 + i, 61 + i % 5, i), subsampling=subsampling, progressive=progressive))
+        for i in range(24)
+    ]
+    for crop in (31, 60, "square", "none"):
+        same(*both(Recipe(size=16, channels=3, crop=crop), items))
+
+
+@needs_dali
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("filter", FILTERS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_filter_is_pillows(filter, antialias, channels):
+    items = [Held(str(i), encode(picture(70, 60, i))) for i in range(3)]
+    items += [Held("grey", encode(picture(70, 60)[..., 0]))]
+    same(*both(Recipe(size=16, channels=channels, crop=51, filter=filter, antialias=antialias), items))
+
+
+@needs_dali
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_what_is_not_plain_goes_through_pillow(workers):
+    same(*both(Recipe(size=16, channels=3, crop=60), mixed_items(), workers=workers))
+
+
+@needs_dali
+def test_a_damaged_image_takes_no_other_down():
+    """DALI fails on some of these, and with them on their whole batches; which, is its own affair."""
+    rng = np.random.default_rng(0)
+    items = []
+    for i in range(64):
+        data = bytearray(encode(picture(64, 64, i)))
+        if i % 5 == 0:
+            for at in rng.integers(20, len(data) - 2, 12):
+                data[at] = rng.integers(256)
+        elif i % 16 == 1:
+            data = data[:-500] + b"\xff\xd9"  # short, with an end
+        items.append(Held(str(i), bytes(data)))
+    recipe = Recipe(size=16, channels=3)
+    ours, theirs = both(recipe, items, chunk=8)
+    for chunk, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        assert len(one.kept) + len(one.rejected) == 8
+        for position in range(8):
+            number = 8 * chunk + position
+            if number % 5 and number % 16 != 1:
+                pixels = [d.pixels[d.kept.index(position)] for d in (one, other)]
+                assert np.array_equal(*pixels)
+
+
+@needs_dali
+def test_chunks_of_any_length_and_sides_of_any_kind():
+    items = [Held(str(i), encode(picture(40 + 9 * i, 100 - 7 * i, i))) for i in range(7)]
+    chunks = [items[:1], [], items, items[2:4], [Held("text", b"text")], items * 5]
+    recipe = Recipe(size=16, channels=3)
+    with DaliDecoder(recipe, 2, "cpu", "") as dali, PillowDecoder(recipe, 1, "") as pillow:
+        for _ in range(2):
+            same(list(dali.run(chunks)), list(pillow.run(chunks)))
+
+
+@needs_dali
+def test_it_is_named_with_versions():
+    with open_decoder("dali", Recipe(size=8, channels=3), 2, device="cpu") as decoder:
+        assert decoder.name == "dali-cpu" and set(decoder.versions) >= {"dali", "libjpeg-turbo"}
+    with open_decoder("auto", Recipe(size=8, channels=3), 2) as decoder:
+        assert decoder.name == "dali-cpu" and "DALI" in decoder.why
+
+
+@needs_dali
+def test_without_a_gpu_mixed_is_refused():
+    try:
+        with open_decoder("dali", Recipe(size=8, channels=3), 1, device="cuda") as decoder:
+            assert decoder.name == "dali-mixed"
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1 and "DALI" in str(error)
+
+
+@pytest.mark.gpu
+@needs_dali
+def test_mixed_is_near_pillow():
+    """nvJPEG interpolates chroma in its own way: near, and not the same."""
+    recipe = Recipe(size=32, channels=3, crop=60)
+    items = [Held(str(i), encode(picture(64, 64, i), quality=95)) for i in range(32)] + [Held("text", b"text")]
+    with DaliDecoder(recipe, 2, "mixed", "") as dali, PillowDecoder(recipe, 1, "") as pillow:
+        (ours,), (theirs,) = list(dali.run([items])), list(pillow.run([items]))
+    assert (ours.kept, ours.rejected) == (theirs.kept, theirs.rejected)
+    assert np.abs(ours.pixels.astype(int) - theirs.pixels).mean() < 2
+
+
+@pytest.mark.skipif(dali_installed(), reason="DALI is installed")
+def test_without_dali_the_message_says_how_to_get_it():
+    with pytest.raises(UserError, match=r"pip install 'bvae\[dali\]'.*--backend pillow works"):
+        open_decoder("dali", Recipe(size=8, channels=3))
+    with open_decoder("auto", Recipe(size=8, channels=3)) as decoder:
+        assert r"DALI would be faster: pip install 'bvae[dali]'" in decoder.why
+
+
+def test_a_broken_dali_is_no_reason_to_stop(monkeypatch):
+    """`auto` goes on with Pillow where DALI is installed and cannot be loaded."""
+    monkeypatch.setattr("bvae.data.decoders.dali_installed", lambda: True)
+    monkeypatch.setattr("bvae.data.decoders.dali.dali_installed", lambda: True)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with open_decoder("auto", Recipe(size=8, channels=3), 1) as decoder:
+        assert decoder.name.startswith("pillow") and "DALI cannot be loaded" in decoder.why
+        image = Image.fromarray(picture())
+        assert len(next(decoder.run([[Held("a", encode(image, "PNG"))]])).kept) == 1
