@@ -113,18 +113,18 @@ def main(argv: list[str] | None = None) -> int:
 def find_folder(config: Config, arguments: Arguments, world: World) -> tuple[Path, bool]:
     """The run's folder, and whether to go on with the run in it: on all ranks what rank 0 finds."""
     begun = world.remembered() if world.first else None
-    if begun is not None:  # torchrun has restarted a run that this job began
+    folder = arguments.resume or arguments.out or Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    resume = arguments.resume is not None
+    if begun is not None:  # torchrun has restarted what this job began, by the same command line
         folder = Path(begun)
-    elif arguments.resume is not None:
-        folder = arguments.resume
-        if not exists(folder / LAST):
-            raise UserError(f"{folder}: has no checkpoint to resume from ({LAST})")
-    else:
-        folder = arguments.out or Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-        if world.first and exists(folder):
-            raise UserError(f"{folder}: exists already; choose another --out, or go on with --resume {folder}")
-    resume = begun is not None or arguments.resume is not None
-    return Path(world.from_first(str(folder))), bool(int(world.from_first(str(int(resume)))))
+        resume = exists(folder / LAST)
+    elif resume and not exists(folder / LAST):
+        raise UserError(f"{folder}: has no checkpoint to resume from ({LAST})")
+    elif not resume and world.first and exists(folder):
+        raise UserError(f"{folder}: exists already; choose another --out, or go on with --resume {folder}")
+    if world.first:
+        world.remember(str(folder))
+    return Path(world.from_first(str(folder))), world.from_first("resume" if resume else "new") == "resume"
 
 
 def train(argv: list[str], world: World) -> int:
@@ -144,7 +144,6 @@ def train(argv: list[str], world: World) -> int:
     torch.set_flush_denormal(True)
     trainer = Trainer(config, load_data(config), folder, resume, world=world)
     if world.first:
-        world.remember(str(folder))
         among = f"{world.size} processes, the first on " if world.size > 1 else ""
         print(
             f"{config.preset}: {len(trainer.data.train)} images on {among}{trainer.device}, into {folder}", flush=True

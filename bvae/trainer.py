@@ -233,22 +233,21 @@ class Trainer:
         done = self.stage.done
         if self.world.size > 1 and self.device.type == "cuda":
             # Agreeing waits for the device: only where the host looks at it anyway.
-            return not (done % self.config.log_every and done % self.stage.batches.steps) and self._agree()
-        return self._agree()
+            return not (done % self.config.log_every and done % self.stage.batches.steps) and any(self._agree())
+        return any(self._agree())
 
-    def _agree(self) -> bool:
-        """Whether any rank was told to stop, which all then know, or finds it is time for a checkpoint."""
+    def _agree(self) -> tuple[int, bool]:
+        """(the signal that told any rank to stop, or 0; whether any finds it time for a checkpoint)."""
         waited = time.monotonic() - self.saved_at
         stop, late = self.world.largest(self.stop or 0, waited > self.config.checkpoint_seconds)
-        self.stop = stop or None
-        return bool(stop or late)
+        return stop, bool(late)
 
     def _save_or_stop(self) -> None:
         """Writes a checkpoint; then ends the run where a signal asked for it."""
         self.save()
-        self._agree()
-        if self.stop is not None:
-            raise Interrupted(self.stop, f"stopped in stage {self.stage.number} after step {self.stage.done}")
+        stop, _ = self._agree()
+        if stop:
+            raise Interrupted(stop, f"stopped in stage {self.stage.number} after step {self.stage.done}")
 
     def _look(self, stage: Stage) -> dict[str, float]:
         """Means since the epoch's start; ends the run where too many steps were not finite."""

@@ -26,6 +26,19 @@ class Lost(UserError):
     """Another process of the job has ended, or has been silent for TIMEOUT."""
 
 
+@contextlib.contextmanager
+def talking() -> Iterator[None]:
+    """Turns the failure of a collective operation in the block into Lost."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # of gloo, NCCL or the store, as the case may be
+        reason = re.sub(r"^\[\S+\] ", "", (str(error) or type(error).__name__).splitlines()[0]).split(". ")[0]
+        rank = f"rank {os.environ.get('RANK', 0)}"
+        raise Lost(f"{rank} has lost the other processes: one has ended or hangs ({reason})") from error
+
+
 class World:
     """This process's place among those of its job; use `World.join()` as a context manager.
 
@@ -77,7 +90,7 @@ class World:
                 raise UserError(f"more processes than CUDA devices on this machine ({there}): lower --nproc-per-node")
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
-        with self._talking():
+        with talking():
             dist.init_process_group(
                 "nccl" if self.device.type == "cuda" else "gloo",
                 store=self._store,
@@ -94,7 +107,7 @@ class World:
     def sum_(self, t: Tensor) -> Tensor:
         """Replaces `t` by its sum over the ranks: the same bits on all of them. Returns it."""
         if self.size > 1:
-            with self._talking():
+            with talking():
                 dist.all_reduce(t)
         return t
 
@@ -118,7 +131,7 @@ class World:
         if self.size == 1:
             return list(values)
         t = torch.tensor(values, dtype=torch.int64, device=self.device)
-        with self._talking():
+        with talking():
             dist.all_reduce(t, op=dist.ReduceOp.MAX)
             return t.tolist()
 
@@ -133,7 +146,7 @@ class World:
         if self._store is None:
             return text
         self._said += 1
-        with self._talking():
+        with talking():
             if self.first:
                 self._store.set(f"said/{self._said}", text)
             return self._store.get(f"said/{self._said}").decode()
@@ -159,16 +172,6 @@ class World:
             return True
 
     # ---- coming and going ---------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _talking(self) -> Iterator[None]:
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # of gloo, NCCL or the store, as the case may be
-            reason = re.sub(r"^\[\S+\] ", "", (str(error) or type(error).__name__).splitlines()[0]).split(". ")[0]
-            raise Lost(f"rank {self.rank} has lost the other processes: one has ended or hangs ({reason})") from error
 
     def wait(self) -> None:
         """Until all ranks are here."""
@@ -198,13 +201,15 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, t: Tensor) -> Tensor:
         gathered = t.new_zeros(dist.get_world_size(), *t.shape)
         gathered[dist.get_rank()] = t
-        dist.all_reduce(gathered)
+        with talking():
+            dist.all_reduce(gathered)
         return gathered
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.contiguous()
-        dist.all_reduce(grad)
+        with talking():
+            dist.all_reduce(grad)
         return grad[dist.get_rank()]
 
 

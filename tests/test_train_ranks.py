@@ -1,0 +1,154 @@
+"""Training under torchrun as a whole, two gloo ranks on the CPU: the same run as one, whatever happens to a rank."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from bvae.checkpoint import LAST, load_checkpoint
+from bvae.datasource import load_data
+from bvae.errors import UserError
+from bvae.runlog import read_metrics
+from bvae.train import main, parse
+from bvae.trainer import Interrupted, Trainer
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+
+SECONDS = 120  # after which a job is given up
+RUN = (
+    "--side 16 --shapes-train 300 --shapes-test 60 --scales 2 --base 4 --latents 8 --fc 16 --hidden 16 --batch 50 "
+    "--lr 1e-3 --bn-batches 6 --no-amp --device cpu --sync-bn --checkpoint-seconds 0 --epochs 6 --epochs2 6"
+).split()
+
+
+class Job:
+    """A torchrun of two processes."""
+
+    def __init__(self, folder: Path, *argv: str, restarts: int = 0) -> None:
+        self.out, self.err = folder / "stdout", folder / "stderr"
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+        command += ["--rdzv-endpoint=localhost:0", f"--max-restarts={restarts}", "-m", "bvae.train", *argv]
+        with open(self.out, "w") as out, open(self.err, "w") as err:
+            self.process = subprocess.Popen(command, stdout=out, stderr=err, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    def reach(self, run: Path, stage: int, step: int) -> None:
+        """Waits until the run's last checkpoint is at or past that step."""
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                state = load_checkpoint(run / LAST)[1]
+            except UserError:  # not there yet
+                state = {"stage": 0, "step": 0}
+            if (state["stage"], state["step"]) >= (stage, step):
+                return
+            time.sleep(0.01)
+        raise AssertionError(f"stage {stage}, step {step} not reached: {self.err.read_text()}")
+
+    def worker(self, rank: int) -> int:
+        """The process id of a rank."""
+        pid = self.process.pid
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            if f"\0RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text():
+                return int(child)
+        raise AssertionError(f"there is no rank {rank}")
+
+    def wait(self) -> int:
+        return self.process.wait(timeout=SECONDS)
+
+    def said(self) -> list[str]:
+        """The lines of stderr that are the trainer's, not torchrun's."""
+        return [line for line in self.err.read_text().splitlines() if re.match("error: |stopped in ", line)]
+
+
+@contextmanager
+def torchrun(folder: Path, *argv: str, restarts: int = 0) -> Iterator[Job]:
+    job = Job(folder, *argv, restarts=restarts)
+    try:
+        yield job
+    finally:
+        if job.process.poll() is None:  # a failed test: torchrun takes its processes down with it
+            job.process.terminate()
+            try:
+                job.process.wait(timeout=40)
+            finally:
+                job.process.kill()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run by one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    assert main([*RUN, "--out", str(out)]) == 0
+    return out
+
+
+def same_course(run: Path, alone: Path, stages: tuple[int, ...] = (1, 2)) -> None:
+    """Every epoch is there once, and its figures are those of one process, but for the order of sums."""
+    ours, whole = ([r for r in read_metrics(folder) if r["stage"] in stages] for folder in (run, alone))
+    assert [(r["stage"], r["epoch"], r["step"]) for r in ours] == [(r["stage"], r["epoch"], r["step"]) for r in whole]
+    for a, b in zip(ours, whole, strict=True):
+        for name in a.keys() - {"seconds", "images_per_s"}:
+            assert a[name] == pytest.approx(b[name], rel=0.03, abs=2e-3), (name, a)
+
+
+def files(run: Path) -> set[str]:
+    return {re.sub(r"\d{10}", "", str(p.relative_to(run))) for p in run.rglob("*") if p.is_file()}
+
+
+def test_a_run_of_one_goes_on_with_two(alone: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config, _ = parse([*RUN, "--out", str(run)])
+    trainer = Trainer(config, load_data(config), run, quiet=True)
+    trainer.stop = signal.SIGTERM
+    with pytest.raises(Interrupted):
+        trainer.run()
+    assert 0 < load_checkpoint(run / LAST)[1]["step"] < 6, "in mid-epoch"
+    with torchrun(tmp_path, "--resume", str(run)) as job:
+        assert job.wait() == 0, job.err.read_text()
+    same_course(run, alone)
+    assert files(run) == files(alone), "rank 0 alone writes"
+    assert job.out.read_text().count("pictures, results.json and the model") == 1
+
+
+def test_a_run_of_two_stopped_by_a_signal_goes_on_with_one(alone: Path, tmp_path: Path) -> None:
+    """The signal reaches the ranks at different steps: they must agree on where to stop."""
+    run = tmp_path / "run"
+    with torchrun(tmp_path, *RUN, "--out", str(run)) as job:
+        job.reach(run, 1, 8)
+        job.process.send_signal(signal.SIGTERM)
+        assert job.wait() != 0
+    step = load_checkpoint(run / LAST)[1]["step"]
+    assert job.said() == [f"stopped in stage 1 after step {step}; go on with: python -m bvae.train --resume {run}"]
+    assert main(["--resume", str(run)]) == 0
+    same_course(run, alone)
+
+
+def test_a_dead_rank_ends_the_attempt_and_torchrun_resumes_it(alone: Path, tmp_path: Path) -> None:
+    """Rank 1 dies in the first attempt, rank 0 in the second and last, by the same command line."""
+    run = tmp_path / "run"
+    with torchrun(tmp_path, *RUN, "--epochs2", "500", "--out", str(run), restarts=1) as job:
+        job.reach(run, 1, 8)
+        os.kill(job.worker(1), signal.SIGKILL)
+        job.reach(run, 2, 4)
+        os.kill(job.worker(0), signal.SIGKILL)
+        assert job.wait() != 0
+    assert len(job.said()) == 2, job.err.read_text()
+    for rank, line in enumerate(job.said()):
+        assert line.startswith(f"error: rank {rank} has lost the other processes") and f"--resume {run}" in line
+    assert load_checkpoint(run / LAST)[1]["stage"] == 2, "whole, and of the last attempt"
+    same_course(run, alone, stages=(1,))
+
+
+def test_what_all_ranks_refuse_is_said_once(tmp_path: Path) -> None:
+    with torchrun(tmp_path, *RUN, "--batch", "51", "--out", str(tmp_path / "run")) as job:
+        assert job.wait() == 1, "torchrun's own exit code"
+    assert len(job.said()) == 1 and "--batch 51 is that of a whole step" in job.said()[0], job.err.read_text()
+    assert not (tmp_path / "run").exists()
