@@ -23,10 +23,40 @@ from bvae.trainer import Interrupted, Trainer
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 
 SECONDS = 120  # after which a job is given up
-RUN = (
-    "--side 16 --shapes-train 300 --shapes-test 60 --scales 2 --base 4 --latents 8 --fc 16 --hidden 16 --batch 50 "
-    "--lr 1e-3 --bn-batches 6 --no-amp --device cpu --sync-bn --checkpoint-seconds 0 --epochs 6 --epochs2 6"
-).split()
+RUN = [
+    "--side",
+    "16",
+    "--shapes-train",
+    "300",
+    "--shapes-test",
+    "60",
+    "--scales",
+    "2",
+    "--base",
+    "4",
+    "--latents",
+    "8",
+    "--fc",
+    "16",
+    "--hidden",
+    "16",
+    "--batch",
+    "50",
+    "--lr",
+    "1e-3",
+    "--bn-batches",
+    "6",
+    "--no-amp",
+    "--device",
+    "cpu",
+    "--sync-bn",
+    "--checkpoint-seconds",
+    "0",
+    "--epochs",
+    "6",
+    "--epochs2",
+    "6",
+]
 
 
 class Job:

@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 
 from bvae import ops
 from bvae.balance import make_loss
+from bvae.batches import ImageBatches, LatentBatches
 from bvae.config import Config
 from bvae.errors import UserError
 from bvae.models.norm import BatchNorm2d, batch_norms
@@ -194,6 +195,24 @@ def test_a_shared_evaluation_is_that_of_one(ranks, count):
     for r in ranks:
         close(r[f"posterior {count}"], posterior._asdict(), rtol=1e-5, atol=1e-6)
         assert r[f"scores {count}"] == pytest.approx(scores(posterior, count), rel=1e-5)
+
+
+@pytest.mark.parametrize("hflip", [False, True])
+def test_parts_of_a_batch_make_up_the_batch(hflip):
+    """In order and without overlap: images with their flips, and latents with their noise."""
+    parts = [World(rank, 3).share(9) for rank in range(3)]
+    assert parts == [slice(0, 3), slice(3, 6), slice(6, 9)]
+    posterior = torch.randn(2, 50, 4, generator=torch.Generator().manual_seed(1)).unbind()
+    for make in (
+        lambda part=None: ImageBatches(images(50), 9, 3, torch.float32, hflip, part),
+        lambda part=None: LatentBatches(*posterior, 9, 3, part),
+    ):
+        whole = list(make().epoch(4, 1))
+        split = [list(make(part).epoch(4, 1)) for part in parts]
+        assert len(whole) == 4
+        for i, (x, target) in enumerate(whole):
+            assert torch.equal(x, torch.cat([mine[i][0] for mine in split]))
+            assert torch.equal(target, torch.cat([mine[i][1] for mine in split]))
 
 
 def test_pieces(ranks):
