@@ -43,11 +43,13 @@ class Config:
     preset: str = "cifar10"
     """Name of the recipe these settings started from."""
     data: str | None = _free(default=None)
-    """Images: a folder, .npy/.npz, CIFAR-10's official files, a prepared store; `shapes` is made on the spot."""
+    """Images: a folder, .zip or .tar, .npy/.npz, a prepared store, official files; `shapes` is made on the spot."""
     side: int = 32
     """Height and width of an image, a power of two."""
     channels: int = 3
     """1 (grey) or 3 (RGB)."""
+    crop: int | Literal["square", "none"] = "square"
+    """Of encoded images: side of the centred square that is kept; `square`, the largest; `none`, the whole image."""
     jpeg_roundtrip: bool = False
     """Pass every image through JPEG (quality 75, 4:2:0) first, as both reference implementations do for CIFAR-10."""
     data_seed: int = 0
@@ -164,6 +166,7 @@ class Config:
         need(0 <= self.l2 < math.inf, f"--l2 must be a number of at least 0, not {self.l2}")
         need(power_of_two(self.side) and self.side >= 4, f"--side must be a power of two from 4, not {self.side}")
         need(self.channels in (1, 3), f"--channels must be 1 or 3, not {self.channels}")
+        need(isinstance(self.crop, str) or self.crop >= 1, f"--crop must be at least 1, not {self.crop}")
         fits = int(math.log2(self.side)) + 1
         need(self.scales <= fits, f"--scales {self.scales} does not fit a side of {self.side}: at most {fits}")
         need(
@@ -234,6 +237,7 @@ _CIFAR10 = Config()
 _CELEBA = Config(
     preset="celeba",
     side=64,
+    crop=128,
     scales=4,
     epochs=70,
     lr=5e-5,

@@ -9,13 +9,17 @@ def load_data(config: Config, source: str | None = None) -> Dataset:
     """The images of `config.data`, or of `source` read by the same settings. Raises UserError."""
     source = source or config.data
     if source is None:
-        raise UserError(f"--preset {config.preset} needs --data: a folder, .npy/.npz, CIFAR-10's files, or `shapes`")
+        raise UserError(
+            f"--preset {config.preset} needs --data: a folder, .zip, .tar, .npy/.npz, prepared store, or `shapes`"
+        )
     return load(
         source,
         side=config.side,
         channels=config.channels,
+        crop=config.crop,
         jpeg_roundtrip=config.jpeg_roundtrip,
         seed=config.data_seed,
         num_train=config.shapes_train,
         num_test=config.shapes_test,
+        quiet=False,
     )

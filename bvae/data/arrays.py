@@ -1,6 +1,7 @@
-"""NumPy files (.npy, .npz), prepared stores, and the check that every array of images passes."""
+"""NumPy files (.npy, .npz), pairs of them in a folder, and the check that every array of images passes."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,23 +31,44 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         return train, _read_member(path, archive, test_key) if test_key else None
 
 
-def read_store(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(train, test) of a prepared store: `train.npy` and `test.npy`, mapped into memory, not yet read.
-
-    `val.npy` and `meta.json` may lie beside them; they are the user's and are not read.
-    """
+def read_pair(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(train, test) of a folder with `train.npy` and `test.npy`, mapped into memory, not yet read."""
     for name in ("train.npy", "test.npy"):
         if not (folder / name).is_file():
             raise refusal(folder, f"a prepared store needs train.npy and test.npy, and {name} is missing")
     return read_npy(folder / "train.npy"), read_npy(folder / "test.npy")
 
 
-def check_images(array: np.ndarray, where: str, side: int, channels: int) -> np.ndarray:
+class Rows:
+    """Some rows of a mapped array, read when they are asked for. It stands in for the array of these rows.
+
+    base: uint8 [M, ...], mapped.
+    index: int64 [N], which rows of it.
+    """
+
+    def __init__(self, base: np.ndarray, index: np.ndarray) -> None:
+        self.base, self.index = base, index
+        self.shape = (len(index), *base.shape[1:])
+        self.dtype, self.ndim, self.nbytes = base.dtype, base.ndim, len(index) * base[:1].nbytes
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        """Of a row number, a slice or an array of row numbers."""
+        return self.base[self.index[key]]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.base[self.index], dtype)
+
+
+def check_images(array: np.ndarray, where: str, side: int, channels: int, mapped: bool = False) -> np.ndarray:
     """The array as C-contiguous, writable uint8 [N, side, side, channels] in memory, unless it is something else.
 
     Args:
         array: uint8 [N, H, W, C] or, for one channel, [N, H, W].
         where: the file, and the key or folder in it, for messages.
+        mapped: leave a C-contiguous mapped array as it is, on the disk and read-only.
 
     Raises:
         UserError: for any other dtype or shape. Nothing is converted, since a guess would train on the wrong pixels.
@@ -74,6 +96,8 @@ def check_images(array: np.ndarray, where: str, side: int, channels: int) -> np.
         raise refusal(
             where, f"holds images of {height}x{width}, {side}x{side} expected: pass --side {height} or resize them"
         )
+    if mapped and isinstance(array, np.memmap) and array.flags.c_contiguous:
+        return array
     # A copy of mapped or read-only memory: nothing may change under a run, and torch wants writable arrays.
     if not array.flags.writeable or isinstance(array, np.memmap):
         return np.array(array, order="C", subok=False)

@@ -54,6 +54,20 @@ def read_folder(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return _join(batches)
 
 
+def is_tar(path: Path) -> bool:
+    """Whether a batch of CIFAR-10 is among the first members of a file that is a tar archive by its name."""
+    if not path.name.lower().endswith((".tar.gz", ".tgz", ".tar")):
+        return False
+    try:
+        with tarfile.open(path, "r:*") as archive:
+            for _, member in zip(range(12), archive, strict=False):  # it has eight, and a folder
+                if PurePosixPath(member.name).name.removesuffix(".bin") in BATCHES:
+                    return True
+    except Exception:  # damaged in one of many ways, which is reported when it is read
+        return False
+    return False
+
+
 def read_tar(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """The same from `cifar-10-python.tar.gz` or `cifar-10-binary.tar.gz`, read in memory.
 

@@ -1,16 +1,21 @@
 """`load`: from a path, or none, to a checked data set."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, cast
 
 import numpy as np
 
-from bvae.data import arrays, cifar, folder, shapes
+from bvae.data import arrays, cifar, idx, images, jpeg, shapes
+from bvae.data.archive import ARCHIVES, open_source
+from bvae.data.decoders import open_decoder
+from bvae.data.recipe import Crop, Recipe
 from bvae.data.refusal import refusal
+from bvae.data.splits import TEST, TRAIN, hold_out, make_plan
+from bvae.data.store import Store, array_digest, has_meta, joint_digest
 from bvae.errors import UserError
 
-HELD_OUT = 10  # one image in so many becomes test where a source has no test split
+FEW_IMAGES = 500  # decoded before worker processes would have started
 
 
 @dataclass(frozen=True)
@@ -28,10 +33,11 @@ class Factors:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images in memory.
+    """Images, in memory or mapped.
 
     name: "shapes", "cifar10", or the name of the file or folder they came from.
-    train, test: uint8 [N, H, W, C] and [M, H, W, C], C-contiguous, H = W, C 1 or 3.
+    train, test: uint8 [N, H, W, C] and [M, H, W, C], C-contiguous, H = W, C 1 or 3. In memory and writable, unless
+        they were to stay mapped: then read-only, and `train` of a .npy is an `arrays.Rows`, which stands in for one.
     digest: "sha256:..." over the shapes and pixels of train and test; equal digests mean equal data.
     factors: of shapes only.
     """
@@ -43,26 +49,42 @@ class Dataset:
     factors: Factors | None
 
 
+class _Images(NamedTuple):
+    """What was read, unchecked. test: None where it is to be held out. digest: of both, where it is known."""
+
+    name: str
+    train: np.ndarray
+    test: np.ndarray | None
+    digest: str | None = None
+
+
 def load(
     path: Path | str | None = None,
     *,
     side: int,
     channels: int,
+    crop: Crop = "square",
     jpeg_roundtrip: bool = False,
     seed: int = 0,
     num_train: int = 20_000,
     num_test: int = 2_000,
+    mapped: bool = False,
+    quiet: bool = True,
 ) -> Dataset:
     """Load a data set; what it is follows from what lies at the path (docs/data.md).
 
     Args:
-        path: None or "shapes" for the generated set; CIFAR-10 as a folder or .tar.gz; .npy; .npz; a prepared store; a
-            folder of images.
-        side: height and width of the images, in pixels. Only a folder of images is resized to it.
-        channels: 3 (RGB) or 1 (grey). Only a folder of images is converted to it.
+        path: None or "shapes" for the generated set; CIFAR-10 as a folder or .tar.gz; MNIST's idx files; .npy; .npz; a
+            prepared store; a folder, zip, tar or shards of images.
+        side: height and width of the images, in pixels. Only encoded images are resized to it.
+        channels: 3 (RGB) or 1 (grey). Only encoded images are converted to it.
+        crop: what of an encoded image is kept, see `bvae.data.recipe.Recipe`.
         jpeg_roundtrip: pass every image, train and test, through JPEG with Pillow's defaults.
         seed: of the generated set, and of the choice of test images where a source has no test split.
         num_train, num_test: sizes of the generated set; other sources are used whole.
+        mapped: leave the arrays of a store or .npy on the disk. A store's digest is then taken from its meta.json,
+            unread. With `jpeg_roundtrip` they are in memory all the same.
+        quiet: no progress on stderr while images are decoded.
 
     Raises:
         UserError: in one line that names the path, for anything that is missing, damaged or not as described.
@@ -77,20 +99,23 @@ def load(
         raise UserError(f"--data-seed must not be negative, got {seed}")
 
     source = "shapes" if path is None else path
-    factors = None
+    recipe = Recipe(size=side, channels=channels, crop=crop)
+    factors = digest = None
     try:
         if str(source) == "shapes":
             name = "shapes"
             train, test, factors = _generate(side, channels, seed, num_train, num_test)
         else:
-            name, train, test = _read(Path(source), side, channels, seed)
+            name, train, test, digest = _load(Path(source), recipe, seed, mapped, quiet)
         if jpeg_roundtrip:
-            train, test = folder.jpeg_roundtrip(train), folder.jpeg_roundtrip(test)
+            train, test, digest = jpeg.roundtrip(np.asarray(train)), jpeg.roundtrip(np.asarray(test)), None
+        if digest is None:
+            digest = joint_digest(array_digest(train), array_digest(test))
     except MemoryError as error:
         raise refusal(source, "does not fit in memory", error) from error
     except OSError as error:  # mostly permissions, met while looking at what is there
         raise refusal(source, "cannot be read", error) from error
-    return Dataset(name, train, test, _digest(train, test), factors)
+    return Dataset(name, train, test, digest, factors)
 
 
 def _generate(
@@ -105,52 +130,64 @@ def _generate(
     return train, test, Factors(shapes.NAMES, train_factors, test_factors)
 
 
-def _read(path: Path, side: int, channels: int, seed: int) -> tuple[str, np.ndarray, np.ndarray]:
-    """(name, train, test) of what lies at a path, checked."""
-    test: np.ndarray | None
+def _load(
+    path: Path, recipe: Recipe, seed: int, mapped: bool, quiet: bool
+) -> tuple[str, np.ndarray, np.ndarray, str | None]:
+    """(name, train, test, digest where it is known) of what lies at a path, checked."""
+    name, train, test, digest = _read(path, recipe, seed, quiet)
+    side, channels = recipe.size, recipe.channels
+    train = arrays.check_images(train, f"{path} (train)" if test is not None else str(path), side, channels, mapped)
+    if test is None:
+        chosen = np.zeros(len(train), bool)
+        chosen[hold_out(path, np.arange(len(train)), seed)] = True
+        kept = np.flatnonzero(~chosen)
+        test = np.asarray(train[chosen])
+        train = cast(np.ndarray, arrays.Rows(train, kept)) if isinstance(train, np.memmap) else train[kept]
+    else:
+        test = arrays.check_images(test, f"{path} (test)", side, channels, mapped)
+    if digest is not None and not mapped and joint_digest(array_digest(train), array_digest(test)) != digest:
+        raise refusal(path, "has changed since it was prepared: its digest is not the one in meta.json")
+    return name, train, test, digest
+
+
+def _read(path: Path, recipe: Recipe, seed: int, quiet: bool) -> _Images:
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
         name = path.resolve().name
     except (OSError, ValueError) as error:  # a path that no file can have
         raise refusal(repr(str(path)), "not a usable path", error) from error
     suffix = path.suffix.lower()
-    if is_folder and (batches := cifar.find_folder(path)):
-        name, (train, test) = "cifar10", cifar.read_folder(batches)
-    elif is_folder and (path / "train.npy").exists():
-        train, test = arrays.read_store(path)
-    elif is_folder:
-        train, test = folder.read_image_folder(path, side, channels)
+    if is_folder:
+        if batches := cifar.find_folder(path):
+            return _Images("cifar10", *cifar.read_folder(batches))
+        if has_meta(path):
+            store = Store.open(path)
+            return _Images(name, store.train, store.test, store.digest)
+        if (path / "train.npy").exists():
+            return _Images(name, *arrays.read_pair(path))
+        if files := idx.find(path):
+            return _Images(name, idx.read(files[0]), idx.read(files[1]))
     elif is_file and suffix == ".npy":
-        train, test = arrays.read_npy(path), None
+        return _Images(name, arrays.read_npy(path), None)
     elif is_file and suffix == ".npz":
-        train, test = arrays.read_npz(path)
-    elif is_file and path.name.lower().endswith((".tar.gz", ".tgz", ".tar")):
-        name, (train, test) = "cifar10", cifar.read_tar(path)
-    elif is_file:
-        raise refusal(path, "not a data set: a folder, .npy, .npz or CIFAR-10's .tar.gz is expected")
-    else:
-        raise refusal(path, "no such file or folder")
-
-    train = arrays.check_images(train, f"{path} (train)" if test is not None else str(path), side, channels)
-    if test is None:
-        train, test = _hold_out(path, train, seed)
-    else:
-        test = arrays.check_images(test, f"{path} (test)", side, channels)
-    return name, train, test
+        return _Images(name, *arrays.read_npz(path))
+    elif is_file and cifar.is_tar(path):
+        return _Images("cifar10", *cifar.read_tar(path))
+    elif is_file and not name.lower().endswith(ARCHIVES):
+        raise refusal(path, "not a data set: a folder, .npy, .npz, or archive (.zip, .tar, .tar.gz, ...) is expected")
+    return _Images(name, *_decode(path, recipe, seed, quiet))
 
 
-def _hold_out(path: Path, images: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split off a tenth, at least one image, at random in the seed; both parts keep the order of the source."""
-    if len(images) < 2:
-        raise refusal(path, "holds a single image; at least two are needed, one to train on and one to test on")
-    chosen = np.zeros(len(images), bool)
-    chosen[np.random.default_rng(seed).permutation(len(images))[: max(1, len(images) // HELD_OUT)]] = True
-    return images[~chosen], images[chosen]
+def _decode(path: Path, recipe: Recipe, seed: int, quiet: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(train, test) of encoded images, none of which may be unusable. They are decoded into place, by Pillow whatever
+    else is installed: a run must be able to go on with the same pixels."""
+    source = open_source(path)
+    plan = make_plan(source, seed=seed)
+    decoded = {split: np.empty((int((plan.part == split).sum()), *recipe.shape), np.uint8) for split in (TRAIN, TEST)}
 
+    def place(split: int, rows: np.ndarray, pixels: np.ndarray) -> None:
+        decoded[split][rows] = pixels
 
-def _digest(train: np.ndarray, test: np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for images in (train, test):
-        digest.update(repr(images.shape).encode())
-        digest.update(images.data)
-    return f"sha256:{digest.hexdigest()}"
+    with open_decoder("pillow", recipe, 1 if len(source.items) < FEW_IMAGES else None) as decoder:
+        images.decode(source, plan, decoder, recipe, place, splits=decoded, strict=True, quiet=quiet)
+    return decoded[TRAIN], decoded[TEST]

@@ -20,7 +20,8 @@ class Rejected(Exception):
 class Item(Protocol):
     """One encoded image of a source: small enough to be sent to another process, which then reads the bytes."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def read(self) -> bytes:
         """The encoded image. Raises Rejected where its bytes cannot be had."""
@@ -56,6 +57,11 @@ class Recipe:
             raise UserError(f"the crop is a number of pixels, `square` or `none`, not {self.crop}")
         if self.filter not in FILTERS:
             raise UserError(f"the filter is one of {', '.join(FILTERS)}, not {self.filter}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of the result."""
+        return self.size, self.size, self.channels
 
     def box(self, width: int, height: int) -> tuple[int, int, int, int]:
         """(left, top, right, bottom) of what is kept of an image; an odd pixel left over goes right and down.

@@ -1,0 +1,499 @@
+"""Where encoded images come from: folders, zip and tar archives, sequences of them; as lists of small items.
+
+Nothing is ever unpacked: an item says where its bytes lie, and whoever decodes it, in whatever process, reads them
+there. So a name is only a label: one that begins with `/` or holds `..` names no file that could be written.
+"""
+
+import bz2
+import glob
+import os
+import re
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from bvae.data.recipe import Item, Rejected
+from bvae.data.refusal import refusal
+from bvae.errors import UserError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff", ".gif")
+ZIPS = (".zip",)
+PLAIN_TARS = (".tar",)
+PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+ARCHIVES = (*ZIPS, *PLAIN_TARS, *PACKED_TARS)
+NESTED = (*ARCHIVES, ".7z", ".rar")
+PARTITION_LISTS = ("list_eval_partition.txt", "list_eval_partition.csv")
+SPLIT_FOLDERS = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
+
+MAX_BYTES = 2**26  # of one encoded image: what a decoder holds in memory
+CHUNK_IMAGES = 128  # of one piece of work for a decoder
+CHUNK_BYTES = 2**22  # of one whose items hold their bytes
+
+Kind = Literal["folder", "zip", "tar"]
+
+
+@dataclass(frozen=True, slots=True)
+class FileItem:
+    """An image in a file of its own; `name` is its path below `root`."""
+
+    name: str
+    root: str
+
+    def read(self) -> bytes:
+        path = os.path.join(self.root, self.name)
+        try:
+            # Not to hang on a pipe that took the file's place.
+            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
+                    raise Rejected("is not a regular file")
+                return _read(file.fileno(), 0, status.st_size)
+        except OSError as error:
+            raise Rejected(f"cannot be read ({error.strerror or error})") from error
+
+
+@dataclass(frozen=True, slots=True)
+class TarItem:
+    """A regular member of an uncompressed tar."""
+
+    name: str
+    archive: str
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        return _read_part(self.archive, self.offset, self.size)
+
+
+@dataclass(frozen=True, slots=True)
+class ZipItem:
+    """A member of a zip, by what the central directory says of it. Its checksum is checked."""
+
+    name: str
+    archive: str
+    offset: int
+    method: int
+    packed: int
+    size: int
+    crc: int
+
+    def read(self) -> bytes:
+        if max(self.packed, self.size) > MAX_BYTES:
+            raise Rejected(_too_large(max(self.packed, self.size)))
+        # The local header repeats the name and has an extra field of its own: only their lengths matter here.
+        header = _read_part(self.archive, self.offset, 30)
+        if header[:4] != b"PK\x03\x04":
+            raise Rejected("is damaged in the archive (no local header)")
+        start = self.offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        data = _read_part(self.archive, start, self.packed)
+        try:
+            if self.method == zipfile.ZIP_DEFLATED:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, self.size + 1)
+            elif self.method == zipfile.ZIP_BZIP2:
+                data = bz2.BZ2Decompressor().decompress(data, self.size + 1)
+        except (zlib.error, OSError) as error:
+            raise Rejected(f"is damaged in the archive ({error})") from error
+        if len(data) != self.size or zlib.crc32(data) != self.crc:
+            raise Rejected("is damaged in the archive (its length or checksum is wrong)")
+        return data
+
+
+@dataclass(frozen=True, slots=True)
+class BytesItem:
+    """An image that is in memory already."""
+
+    name: str
+    data: bytes
+
+    def read(self) -> bytes:
+        return self.data
+
+
+@dataclass(frozen=True, slots=True)
+class UnusableItem:
+    """What the listing already shows to be no image that could be read."""
+
+    name: str
+    reason: str
+
+    def read(self) -> bytes:
+        raise Rejected(self.reason)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedItem:
+    """A member of a compressed tar, the `member`-th of the `archive`-th: there when `Source.chunks` comes past it."""
+
+    name: str
+    archive: int
+    member: int
+
+    def read(self) -> bytes:
+        raise Rejected("is in a compressed tar, which can only be read from its start")
+
+
+@dataclass
+class Source:
+    """The images of a folder or of archives.
+
+    path: as it was given.
+    kind: of what the images lie in.
+    files: the archives in order; none for a folder.
+    items: all that are images by their name, sorted by name (by code points), no name twice.
+    ignored: number of other files: hidden ones, and those of another suffix.
+    nested: names of archives inside, which are not opened.
+    lists: partition lists (`PARTITION_LISTS`) inside.
+    split_folders: paths of folders inside that have the name of a split, with images or without.
+    """
+
+    path: str
+    kind: Kind
+    files: list[Path]
+    items: list[Item] = field(default_factory=list)
+    ignored: int = 0
+    nested: list[str] = field(default_factory=list)
+    lists: list[Item] = field(default_factory=list)
+    split_folders: set[str] = field(default_factory=set)
+
+    def chunks(
+        self, wanted: Callable[[int], bool], images: int = CHUNK_IMAGES
+    ) -> Iterator[tuple[list[int], list[Item]]]:
+        """Pieces of work of up to so many images: (numbers of the items in `items`, items that can be read).
+
+        They come in the order of `items`, but for those in compressed tars, which come last and as they lie there;
+        of those no more than `CHUNK_BYTES`, or a single one, are held at a time.
+        """
+        numbers: list[int] = []
+        chunk: list[Item] = []
+        held = 0
+        for number, item in self._readable(wanted):
+            size = len(item.data) if isinstance(item, BytesItem) else 0
+            if chunk and (len(chunk) >= images or held + size > CHUNK_BYTES):
+                yield numbers, chunk
+                numbers, chunk, held = [], [], 0
+            numbers.append(number)
+            chunk.append(item)
+            held += size
+        if chunk:
+            yield numbers, chunk
+
+    def _readable(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Item]]:
+        packed: dict[int, dict[int, int]] = {}
+        for number, item in enumerate(self.items):
+            if not wanted(number):
+                continue
+            if isinstance(item, PackedItem):
+                packed.setdefault(item.archive, {})[item.member] = number
+            else:
+                yield number, item
+        for archive, members in sorted(packed.items()):
+            for index, (member, tar) in enumerate(_walk_tar(self.files[archive])):
+                if index in members:
+                    number = members.pop(index)
+                    yield number, _unpack(self.items[number].name, tar, member)
+            if members:
+                raise refusal(self.files[archive], "has changed while it was read")
+
+
+def open_source(path: Path | str) -> Source:
+    """Lists the images at a path.
+
+    Args:
+        path: a folder of images, at any depth; a .zip, .tar or compressed tar; a pattern of archives with `*`, `?`,
+            `[...]` or `{000..123}`, `{a,b}`; a folder of archives. The first part of several zips, `...-001.zip` as
+            Google Drive makes them, stands for all of them.
+
+    Raises:
+        UserError: if there is nothing of the kind, if an archive is damaged, and if there are no images in it.
+    """
+    text = str(path)
+    if not os.path.exists(text) and re.search(r"[*?\[{]", text):
+        source = _open_archives(text, _match(text))
+    elif os.path.isdir(text):
+        source = _open_folder(text)
+    elif os.path.isfile(text):
+        if not text.lower().endswith(ARCHIVES):
+            raise refusal(path, f"not a source of images: a folder or an archive ({', '.join(ARCHIVES)}) is expected")
+        source = _open_archives(text, _parts(Path(text)))
+    else:
+        raise refusal(path, "no such file or folder")
+    if not source.items:
+        inside = ""
+        if source.nested:
+            inside = f"; the archives inside ({', '.join(sorted(source.nested)[:3])}) are not opened: take them out"
+        raise refusal(path, f"holds no images ({', '.join(SUFFIXES)}){inside}")
+    return source
+
+
+def _open_folder(root: str) -> Source:
+    source = Source(root, "folder", [])
+    archives = []
+    for name, is_folder, is_file in _walk_folder(root):
+        if is_folder:
+            _see_folder(source, name)
+        else:
+            item: Item = FileItem(name, root) if is_file else UnusableItem(name, _why_no_file(os.path.join(root, name)))
+            if _sort_in(source, item) and is_file and name.lower().endswith(ARCHIVES):
+                archives.append(Path(root, name))
+    if not source.items and archives:
+        return _open_archives(root, sorted(archives), Path(root))
+    return _in_order(source)
+
+
+def _open_archives(text: str, files: list[Path], root: Path | None = None) -> Source:
+    """Several tars keep their names apart, since shards may repeat keys; parts of one zip have one set of names."""
+    zips = [file.name.lower().endswith(ZIPS) for file in files]
+    if any(zips) != all(zips):
+        raise refusal(text, f"holds both zip and tar archives ({files[0].name}, ...): name those of one kind")
+    source = Source(text, "zip" if all(zips) else "tar", files)
+    for number, file in enumerate(files):
+        if source.kind == "zip":
+            _list_zip(source, file)
+        else:
+            label = "" if len(files) == 1 else (file.relative_to(root).as_posix() if root else file.name) + "/"
+            _list_tar(source, file, number, label)
+    return _in_order(source)
+
+
+def _list_zip(source: Source, file: Path) -> None:
+    # zipfile reports damage in many ways (BadZipFile, NotImplementedError, UnicodeDecodeError, ...).
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except Exception as error:
+        raise refusal(file, "not a readable zip archive", error) from error
+    for member in members:
+        name = _clean(member.filename)
+        if member.is_dir():
+            _see_folder(source, name.rstrip("/"))
+            continue
+        _sort_in(source, _zip_item(name, str(file), member))
+
+
+def _zip_item(name: str, file: str, member: zipfile.ZipInfo) -> Item:
+    if member.flag_bits & 1:
+        return UnusableItem(name, "is encrypted")
+    if stat.S_ISLNK(member.external_attr >> 16):
+        return UnusableItem(name, "is a link")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2):
+        return UnusableItem(name, f"is compressed by method {member.compress_type}: stored, deflate, bzip2 can be read")
+    if member.header_offset < 0:
+        return UnusableItem(name, "is damaged in the archive (it lies before the archive's start)")
+    return ZipItem(
+        name,
+        file,
+        member.header_offset,
+        member.compress_type,
+        member.compress_size,
+        member.file_size,
+        member.CRC,
+    )
+
+
+def _list_tar(source: Source, file: Path, number: int, label: str) -> None:
+    packed = file.name.lower().endswith(PACKED_TARS)
+    for index, (member, archive) in enumerate(_walk_tar(file)):
+        name = label + _clean(member.name)
+        if member.isdir():
+            _see_folder(source, name)
+            continue
+        item: Item
+        if member.issym() or member.islnk():
+            item = UnusableItem(name, "is a link")
+        elif not member.isreg() or member.issparse():
+            item = UnusableItem(name, "is not a regular file")
+        elif member.size > MAX_BYTES:
+            item = UnusableItem(name, _too_large(member.size))
+        elif not packed:
+            item = TarItem(name, str(file), member.offset_data, member.size)
+        elif PurePosixPath(name).name in PARTITION_LISTS:
+            item = _unpack(name, archive, member)
+        else:
+            item = PackedItem(name, number, index)
+        _sort_in(source, item)
+
+
+def _walk_tar(file: Path) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
+    """The members of a tar, each while the archive stands at it, to the archive's end, where gzip has its checksum."""
+    mode: Literal["r:", "r:*"] = "r:*" if file.name.lower().endswith(PACKED_TARS) else "r:"
+    try:
+        archive = tarfile.open(file, mode)  # noqa: SIM115 (closed below)
+    except Exception as error:  # tarfile, gzip and zlib report damage in many ways
+        raise refusal(file, "not a readable tar archive", error) from error
+    with archive:
+        while True:
+            try:
+                member = archive.next()
+                archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps what it has seen
+                if member is None:
+                    _check_end(archive)
+            except Exception as error:
+                raise refusal(file, "not a readable tar archive", error) from error
+            if member is None:
+                return
+            yield member, archive
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """tarfile takes a damaged header for the archive's end."""
+    file = archive.fileobj
+    assert file is not None
+    file.seek(archive.offset)
+    if any(file.read(tarfile.BLOCKSIZE)):
+        raise tarfile.ReadError(f"damaged at byte {archive.offset}")
+    while file.read(2**20):
+        pass
+
+
+def _unpack(name: str, archive: tarfile.TarFile, member: tarfile.TarInfo) -> Item:
+    try:
+        file = archive.extractfile(member)
+        assert file is not None  # only regular members come here
+        return BytesItem(name, file.read())
+    except Exception as error:
+        raise refusal(Path(str(archive.name)), "not a readable tar archive", error) from error
+
+
+def _walk_folder(root: str) -> Iterator[tuple[str, bool, bool]]:
+    """(path below root, is a folder, is a regular file) of all that lies there; links are followed, no folder twice."""
+    seen = set()
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        path = os.path.join(root, folder)
+        try:
+            status = os.stat(path)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(path) as entries:
+                found = [(os.path.join(folder, e.name), e.is_dir(), e.is_file()) for e in entries]
+        except OSError as error:
+            raise refusal(path, "cannot be read", error) from error
+        found.sort()
+        yield from found
+        folders += [name for name, is_folder, _ in reversed(found) if is_folder and not _is_hidden(name)]
+
+
+def _why_no_file(path: str) -> str:
+    return "cannot be read (a link to nothing)" if os.path.islink(path) else "is not a regular file"
+
+
+def _sort_in(source: Source, item: Item) -> bool:
+    """Puts a file where it belongs by its name; whether it is a nested archive."""
+    name, lower = PurePosixPath(item.name).name, item.name.lower()
+    if _is_hidden(item.name):
+        source.ignored += 1
+    elif lower.endswith(SUFFIXES):
+        source.items.append(item)
+    elif name in PARTITION_LISTS:
+        source.lists.append(item)
+    else:
+        source.ignored += 1
+        if lower.endswith(NESTED):
+            source.nested.append(item.name)
+            return True
+    return False
+
+
+def _see_folder(source: Source, name: str) -> None:
+    if name.rpartition("/")[2].lower() in SPLIT_FOLDERS:
+        source.split_folders.add(name)
+
+
+def _in_order(source: Source) -> Source:
+    """Sorts by name. Of files with one name the last is kept, as when an archive is unpacked."""
+    source.items.sort(key=lambda item: item.name)
+    last: dict[str, int] = {}
+    repeated = []
+    for number, item in enumerate(source.items):
+        if item.name in last:
+            repeated.append(last[item.name])
+        last[item.name] = number
+    for number in repeated:
+        source.items[number] = UnusableItem(source.items[number].name, "is there again, and the later one is taken")
+    return source
+
+
+def _clean(name: str) -> str:
+    name = name.replace("\\", "/")
+    while name.startswith("./"):
+        name = name[2:]
+    return name
+
+
+def _is_hidden(name: str) -> bool:
+    """Hidden files and folders, and what macOS puts beside the files in a zip."""
+    return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in name.split("/"))
+
+
+def _parts(file: Path) -> list[Path]:
+    """All parts of the set of zips that a `...-001.zip` begins, or the file alone."""
+    match = re.fullmatch(r"(.*-)(\d{3})(\.zip)", file.name, re.IGNORECASE)
+    if not match:
+        return [file]
+    stem, _, suffix = match.groups()
+    parts = sorted(file.parent.glob(f"{glob.escape(stem)}[0-9][0-9][0-9]{suffix}"))
+    for number, part in enumerate(parts, 1):
+        if part.name != f"{stem}{number:03}{suffix}":
+            raise refusal(file, f"is one of several parts, and {stem}{number:03}{suffix} is missing")
+    return parts
+
+
+def _match(pattern: str) -> list[Path]:
+    files: list[Path] = []
+    for text in _expand(pattern):
+        if re.search(r"[*?\[]", text):
+            files += [Path(found) for found in sorted(glob.glob(text, recursive=True))]
+        elif os.path.isfile(text):
+            files.append(Path(text))
+        else:
+            raise refusal(pattern, f"no such file: {text}")
+    if not files:
+        raise refusal(pattern, "no file matches this pattern")
+    for file in files:
+        if not file.name.lower().endswith(ARCHIVES) or not file.is_file():
+            raise refusal(pattern, f"{file} is no archive ({', '.join(ARCHIVES)})")
+    return list(dict.fromkeys(files))
+
+
+def _expand(pattern: str) -> Iterable[str]:
+    """Braces as the shell's: `{000..123}` counts, keeping the width; `{a,b}` lists."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    inner = match.group(1)
+    if numbers := re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", inner):
+        first, last = numbers.groups()
+        if not 0 <= int(last) - int(first) < 10**6:
+            raise UserError(f"{pattern}: {{{inner}}} does not count upwards, or too far")
+        words: Iterable[str] = (f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1))
+    else:
+        words = inner.split(",")
+    return (done for word in words for done in _expand(pattern[: match.start()] + word + pattern[match.end() :]))
+
+
+def _read_part(path: str, offset: int, size: int) -> bytes:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            data = _read(file.fileno(), offset, size)
+    except (OSError, OverflowError) as error:
+        raise Rejected(f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if len(data) != size:
+        raise Rejected("is damaged in the archive (it ends too soon)")
+    return data
+
+
+def _read(descriptor: int, offset: int, size: int) -> bytes:
+    if size > MAX_BYTES:
+        raise Rejected(_too_large(size))
+    return os.pread(descriptor, size, offset)
+
+
+def _too_large(size: int) -> str:
+    return f"has {size} bytes, more than the {MAX_BYTES} accepted"

@@ -1,0 +1,252 @@
+"""python -m bvae.data.prep: turns a folder or archive of images into a prepared store, for `--data` of the trainer.
+
+What cannot be used is listed with its reason in the store's rejects.csv. See docs/prepare.md.
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bvae.data import idx, images
+from bvae.data.archive import Source, open_source
+from bvae.data.decoders import Backend, Decoder, open_decoder
+from bvae.data.recipe import FILTERS, Crop, Recipe
+from bvae.data.refusal import refusal
+from bvae.data.splits import OUTSIDE, SPLITS, Fractions, Plan, make_plan, parse_fractions
+from bvae.data.store import REJECTS, StoreWriter
+from bvae.errors import run_command
+
+
+@dataclass(frozen=True)
+class Result:
+    """path: the store. meta: what its meta.json holds. rejects: (name, reason). seconds: decoding and writing took."""
+
+    path: Path
+    meta: dict[str, Any]
+    rejects: list[tuple[str, str]]
+    seconds: float
+
+
+def prepare(
+    source: Path | str,
+    out: Path | str,
+    recipe: Recipe,
+    *,
+    backend: Backend = "auto",
+    workers: int | None = None,
+    device: str | None = None,
+    partition: Path | None = None,
+    fractions: Fractions | None = None,
+    seed: int = 0,
+    strict: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> Result:
+    """Makes a prepared store of a source of images.
+
+    Args:
+        source: what `bvae.data.archive.open_source` takes, or a folder with MNIST's idx files.
+        out: the store's folder.
+        recipe: what becomes of an image.
+        backend, workers, device: of the decoder, see `bvae.data.decoders.open_decoder`.
+        partition, fractions, seed: which image is for what, see `bvae.data.splits.make_plan`.
+        strict: end with the first image that cannot be used.
+        overwrite: replace a store that is there, once the new one is complete.
+        say: takes lines for the user; with it, progress is shown on stderr.
+
+    Raises:
+        UserError: in one line, whatever is wrong; then there is no store, or the one that was there.
+    """
+    begin = time.monotonic()
+    rejects: list[tuple[str, str]] = []
+    with StoreWriter(out, overwrite) as writer:
+        if files := idx.find(Path(source)):
+            if partition is not None or fractions is not None:
+                raise refusal(source, "idx files have their own split: leave out --partition and --split")
+            meta = _write_idx(str(source), files, writer, recipe)
+        else:
+            opened = open_source(source)
+            plan = make_plan(opened, partition=partition, fractions=fractions, seed=seed)
+            with open_decoder(backend, recipe, workers, device) as decoder:
+                if say:
+                    say(f"{opened.path}: {_count(len(opened.items), 'image')}, split by {plan.how}")
+                    say(f"decoding with {decoder.name}: {decoder.why}")
+                meta, rejects = _write_images(opened, plan, decoder, writer, recipe, strict, quiet=say is None)
+        meta = writer.finish({"bvae": version("bvae"), "recipe": dataclasses.asdict(recipe), **meta}, rejects)
+    return Result(Path(out), meta, rejects, time.monotonic() - begin)
+
+
+def _write_images(
+    source: Source, plan: Plan, decoder: Decoder, writer: StoreWriter, recipe: Recipe, strict: bool, quiet: bool
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """(what meta.json says of it, rejects)."""
+    places = {split: np.flatnonzero(plan.part == number) for number, split in enumerate(SPLITS)}
+    writer.allocate({split: len(items) for split, items in places.items()}, recipe.shape)
+    with images.SourceDigest(source) as digest:
+        rejects = images.decode(
+            source,
+            plan,
+            decoder,
+            recipe,
+            lambda split, rows, pixels: writer.place(SPLITS[split], rows, pixels),
+            splits=range(len(SPLITS)),
+            strict=strict,
+            quiet=quiet,
+        )
+        source_digest = digest.result()
+    names = {split: [source.items[i].name for i in items[writer.here[split]]] for split, items in places.items()}
+    for split in ("train", "test"):
+        if not names[split]:
+            name, reason = rejects[0]
+            raise refusal(source.path, f"no image for {split} can be used: {name} {reason}")
+    kept = sum(map(len, names.values()))
+    return {
+        "source": {"path": source.path, "kind": source.kind, "digest": source_digest},
+        "decoder": {"name": decoder.name, "versions": decoder.versions},
+        "split": plan.description,
+        "counts": {
+            "read": kept + len(rejects),
+            "kept": kept,
+            "rejected": len(rejects),
+            "ignored": source.ignored + int((plan.part == OUTSIDE).sum()),
+            **{split: len(those) for split, those in names.items()},
+        },
+        "names": names,
+    }, rejects
+
+
+def _write_idx(source: str, files: tuple[Path, Path], writer: StoreWriter, recipe: Recipe) -> dict[str, Any]:
+    """What meta.json says of it."""
+    if recipe.shape != (idx.SIDE, idx.SIDE, 1):
+        raise refusal(source, f"idx files hold grey images, padded to {idx.SIDE}x{idx.SIDE}: --size 32 --channels 1")
+    arrays = {"train": idx.read(files[0]), "val": np.empty((0, *recipe.shape), np.uint8), "test": idx.read(files[1])}
+    counts = {split: len(array) for split, array in arrays.items()}
+    writer.allocate(counts, recipe.shape)
+    for split, array in arrays.items():
+        writer.place(split, np.arange(len(array)), array)
+    names = {"train": files[0].name, "val": "", "test": files[1].name}
+    kept = sum(counts.values())
+    return {
+        "source": {
+            "path": source,
+            "kind": "idx",
+            "digest": images.digest_of_files((file.name, file) for file in files),
+        },
+        "decoder": {"name": "idx", "versions": {"numpy": np.__version__}},
+        "split": {"by": "files"},
+        "counts": {"read": kept, "kept": kept, "rejected": 0, "ignored": 0, **counts},
+        "names": {split: [f"{names[split]}[{i}]" for i in range(count)] for split, count in counts.items()},
+    }
+
+
+def main(
+    argv: list[str] | None = None,
+    *,
+    prog: str = "python -m bvae.data.prep",
+    description: str | None = __doc__,
+    size: int | None = None,
+    crop: Crop = "square",
+) -> None:
+    """The command line, with the defaults of a data set: `size` and `crop`."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help="a folder, .zip, .tar, compressed tar, pattern of shards, or MNIST's files")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the store, a folder")
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=size,
+        required=size is None,
+        metavar="S",
+        help="height and width of the result" + (f" ({size})" if size else ""),
+    )
+    parser.add_argument(
+        "--crop",
+        type=_parse_crop,
+        default=crop,
+        metavar="C",
+        help=f"side of the centred square that is kept; `square`, the largest; `none`, the whole image ({crop})",
+    )
+    parser.add_argument("--filter", choices=FILTERS, default="bilinear", help="of the resize (bilinear)")
+    parser.add_argument("--no-antialias", action="store_true", help="let the filter skip pixels when it shrinks")
+    parser.add_argument("--channels", type=int, choices=(1, 3), help="3 (RGB) or 1 (grey); 3, of idx files 1")
+    parser.add_argument("--backend", choices=("auto", "dali", "pillow"), default="auto", help="what decodes (auto)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes or threads (one a core)")
+    parser.add_argument("--partition", type=Path, metavar="FILE", help="list of `name 0`, 1 (val) or 2 (test)")
+    parser.add_argument("--split", type=_parse_split, metavar="T,V,E", help="fractions of train, val, test")
+    parser.add_argument("--seed", type=_parse_seed, default=0, help="of the split by fractions (0)")
+    parser.add_argument("--strict", action="store_true", help="end with the first image that cannot be used")
+    parser.add_argument("--overwrite", action="store_true", help="replace a store, once the new one is complete")
+    args = parser.parse_args(argv)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    channels = args.channels or (1 if idx.find(Path(args.source)) else 3)
+    result = prepare(
+        args.source,
+        args.out,
+        Recipe(size=args.size, channels=channels, crop=args.crop, filter=args.filter, antialias=not args.no_antialias),
+        backend=args.backend,
+        workers=args.workers,
+        partition=args.partition,
+        fractions=args.split,
+        seed=args.seed,
+        strict=args.strict,
+        overwrite=args.overwrite,
+        say=say,
+    )
+    print(summary(result))
+
+
+def summary(result: Result) -> str:
+    """What was done, in a few lines."""
+    counts = result.meta["counts"]
+    lines = []
+    if result.rejects:
+        name, reason = result.rejects[0]
+        lines.append(f"rejected, listed in {result.path / REJECTS}; the first: {name!r} {reason}")
+    ignored = f"; {_count(counts['ignored'], 'other file')} ignored" if counts["ignored"] else ""
+    lines.append(f"read {counts['read']} = kept {counts['kept']} + rejected {counts['rejected']}{ignored}")
+    parts = ", ".join(f"{split} {counts[split]}" for split in SPLITS)
+    rate = counts["read"] / max(result.seconds, 1e-9)
+    lines.append(f"{result.path}: {parts}; {result.seconds:.1f} s, {rate:.0f} images/s")
+    return "\n".join(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _parse_crop(text: str) -> Crop:
+    if text in ("square", "none"):
+        return text  # type: ignore[return-value]
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a number of pixels, `square` or `none` is expected, not {text!r}")
+    return int(text)
+
+
+def _parse_split(text: str) -> Fractions:
+    try:
+        return parse_fractions(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"three fractions that add up to 1 are expected, not {text!r}") from None
+
+
+def _parse_seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a number of at least 0 is expected, not {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    run_command(main)
