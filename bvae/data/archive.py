@@ -145,7 +145,7 @@ class Source:
     kind: of what the images lie in.
     files: the archives in order; none for a folder.
     items: all that are images by their name, sorted by name (by code points), no name twice.
-    ignored: number of other files: hidden ones, and those of another suffix.
+    ignored: number of other files: hidden ones, and those of another suffix. Hidden folders are not looked into.
     nested: names of archives inside, which are not opened.
     lists: partition lists (`PARTITION_LISTS`) inside.
     split_folders: paths of folders inside that have the name of a split, with images or without.

@@ -228,7 +228,7 @@ def _by_default(source: Source, seed: int) -> Plan:
 def _by_fractions(source: Source, fractions: Fractions, seed: int) -> Plan:
     count = len(source.items)
     order = np.random.default_rng(seed).permutation(count)
-    tests = max(1, int(count * fractions[TEST]))
+    tests = max(1, int(count * fractions[TEST])) if fractions[TEST] else 0
     part = np.full(count, TRAIN, np.int8)
     part[order[:tests]] = TEST
     part[order[tests : tests + int(count * fractions[VAL])]] = VAL

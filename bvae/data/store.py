@@ -201,11 +201,11 @@ class StoreWriter:
         """
         self._image = image
         self._row = int(np.prod(image))
-        self.here = {split: np.zeros(counts[split], bool) for split in SPLITS}
         with self._writing():
             needed, free = sum(counts.values()) * self._row, shutil.disk_usage(self._folder).free
             if needed > free:
                 raise refusal(self.path, f"needs {needed / 2**30:.2f} GiB, and the disk has {free / 2**30:.2f} left")
+            self.here = {split: np.zeros(counts[split], bool) for split in SPLITS}
             for split in SPLITS:
                 self._files[split] = os.open(self._folder / f"{split}.npy", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
 
@@ -268,11 +268,12 @@ class StoreWriter:
 
     def _recover(self) -> None:
         """A run killed while it replaced a store has left the old one under another name: back with it, or away."""
-        if self._replaced.is_dir():
-            if self._real.exists():
-                self._clear(self._replaced)
-            else:
-                os.rename(self._replaced, self._real)
+        if not self._replaced.is_dir():
+            return
+        if not self._real.exists() and set(os.listdir(self._replaced)) >= {META, *ARRAYS}:
+            os.rename(self._replaced, self._real)
+        else:
+            self._clear(self._replaced)
 
     def _check_target(self) -> None:
         if not os.path.lexists(self._real):
