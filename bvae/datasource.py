@@ -5,8 +5,11 @@ from bvae.data import Dataset, load
 from bvae.errors import UserError
 
 
-def load_data(config: Config, source: str | None = None) -> Dataset:
-    """The images of `config.data`, or of `source` read by the same settings. Raises UserError."""
+def load_data(config: Config, source: str | None = None, quiet: bool = False) -> Dataset:
+    """The images of `config.data`, or of `source` read by the same settings. Raises UserError.
+
+    Decoding shows its progress on stderr unless it is to be `quiet`.
+    """
     source = source or config.data
     if source is None:
         raise UserError(
@@ -21,5 +24,5 @@ def load_data(config: Config, source: str | None = None) -> Dataset:
         seed=config.data_seed,
         num_train=config.shapes_train,
         num_test=config.shapes_test,
-        quiet=False,
+        quiet=quiet,
     )

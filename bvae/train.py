@@ -142,7 +142,7 @@ def train(argv: list[str], world: World) -> int:
     # Adam's moments of units that have died decay into denormal numbers, which halve the speed of a CPU. Set before the
     # first parallel operation, so that torch's threads inherit it.
     torch.set_flush_denormal(True)
-    trainer = Trainer(config, load_data(config), folder, resume, world=world)
+    trainer = Trainer(config, load_data(config, quiet=not world.first), folder, resume, world=world)
     if world.first:
         among = f"{world.size} processes, the first on " if world.size > 1 else ""
         print(

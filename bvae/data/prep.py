@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -42,7 +42,7 @@ def prepare(
     *,
     backend: Backend = "auto",
     workers: int | None = None,
-    device: str | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
     partition: Path | None = None,
     fractions: Fractions | None = None,
     seed: int = 0,
@@ -181,6 +181,7 @@ def main(
     parser.add_argument("--channels", type=int, choices=(1, 3), help="3 (RGB) or 1 (grey); 3, of idx files 1")
     parser.add_argument("--backend", choices=("auto", "dali", "pillow"), default="auto", help="what decodes (auto)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes or threads (one a core)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where DALI decodes (cuda if there is one)")
     parser.add_argument("--partition", type=Path, metavar="FILE", help="list of `name 0`, 1 (val) or 2 (test)")
     parser.add_argument("--split", type=_parse_split, metavar="T,V,E", help="fractions of train, val, test")
     parser.add_argument("--seed", type=_parse_seed, default=0, help="of the split by fractions (0)")
@@ -198,6 +199,7 @@ def main(
         Recipe(size=args.size, channels=channels, crop=args.crop, filter=args.filter, antialias=not args.no_antialias),
         backend=args.backend,
         workers=args.workers,
+        device=args.device,
         partition=args.partition,
         fractions=args.split,
         seed=args.seed,

@@ -351,7 +351,9 @@ def test_what_a_user_can_get_wrong_ends_in_one_line(tmp_path):
         ([source, "--size", "0"], {}, "size"),
     ]
     for args, options, word in cases:
-        process = command(*args, "--workers", 1, "--out", tmp_path / "s", *([] if "--size" in args else ["--size", 16]), **options)
+        process = command(
+            *args, "--workers", 1, "--out", tmp_path / "s", *([] if "--size" in args else ["--size", 16]), **options
+        )
         out, err = process.communicate()
         assert process.returncode == 2 and out == ""
         assert word in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
