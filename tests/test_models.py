@@ -321,7 +321,10 @@ def test_flattened_networks_train_as_others_do():
         # twice through the decoder before backward: every update of a statistic is a chance to break autograd
         (model.decoder(mu).square().mean() + model.decoder(log_sigma).mean()).backward()
     for (name, a), b in zip(plain.named_parameters(), flattened.parameters(), strict=True):
-        assert torch.equal(a.grad, b.grad), name
+        if name.endswith("conv1.bias"):  # batch norm cancels it
+            assert a.grad is b.grad is None
+        else:
+            assert torch.equal(a.grad, b.grad), name
     for (name, a), b in zip(plain.named_buffers(), flattened.buffers(), strict=True):
         assert torch.equal(a, b), name
 

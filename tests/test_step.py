@@ -72,8 +72,12 @@ def test_one_step_is_the_plain_one():
     z = mu + log_sigma.exp() * ops.philox_normal(ops.make_rng(7), 6, 3)
     loss(model.decoder(z), target, mu, log_sigma).loss.backward()
     torch.optim.Adam(model.parameters(), lr=1e-2).step()
-    largest = max(p.grad.abs().max().item() for p in model.parameters())
+    largest = max(p.grad.abs().max().item() for p in model.parameters() if p.grad is not None)
     for (name, a), b in zip(step.model.named_parameters(), model.parameters(), strict=True):
+        if name.endswith("conv1.bias"):  # batch norm cancels it
+            assert a.grad is None
+            assert not a.any()
+            continue
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5 * largest, msg=name)
         # Adam's first step is lr * sign(gradient): entries whose gradient is all rounding may go either way.
         sure = b.grad.abs() > 1e-3 * largest
@@ -125,6 +129,8 @@ def test_l2_adds_its_gradient_to_its_kernels_alone(groups):
     chosen = {id(w) for w in penalised.l2_kernels}
     assert chosen
     for (name, a), b in zip(penalised.model.named_parameters(), plain.model.parameters(), strict=True):
+        if a.grad is None and b.grad is None:  # a bias that batch norm cancels
+            continue
         extra = 0.5 * a.detach() if id(a) in chosen else torch.zeros_like(a)
         torch.testing.assert_close(a.grad - b.grad, extra, rtol=1e-4, atol=1e-4, msg=name)
     # the reported loss is the VAE's own

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bvae.models.conv import Conv3x3, ConvTranspose3x3
 from bvae.models.norm import BatchNorm2d
 
 MAX_DECODER_CHANNELS = 1024
@@ -27,10 +28,10 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.bn1 = BatchNorm2d(channels)
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv1 = Conv3x3(channels, channels, cancelled=True)
         self.bn2 = BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.shortcut = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = Conv3x3(channels, channels)
+        self.shortcut = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(F.relu(self.bn1(x)))
@@ -61,13 +62,13 @@ class ResNetEncoder(nn.Module):
     def __init__(self, channels: int, latents: int, scales: int, blocks: int, base: int, fc: int) -> None:
         super().__init__()
         width = base
-        self.conv0 = nn.Conv2d(channels, width, 3, padding=1)
+        self.conv0 = Conv3x3(channels, width)
         self.scales = nn.ModuleList()
         self.downsample = nn.ModuleList()
         for i in range(scales):
             self.scales.append(scale_block(width, blocks))
             if i + 1 < scales:
-                self.downsample.append(nn.Conv2d(width, 2 * width, 3, stride=2, padding=1))
+                self.downsample.append(Conv3x3(width, 2 * width, stride=2))
                 width *= 2
         self.fc = DenseResidualBlock(width, fc)
         self.mu = nn.Linear(fc, latents)
@@ -99,9 +100,9 @@ class ResNetDecoder(nn.Module):
         self.upsample = nn.ModuleList()
         self.scales = nn.ModuleList()
         for wide, narrow in pairwise(widths):
-            self.upsample.append(nn.ConvTranspose2d(wide, narrow, 3, stride=2, padding=1, output_padding=1))
+            self.upsample.append(ConvTranspose3x3(wide, narrow))
             self.scales.append(scale_block(narrow, blocks))
-        self.conv = nn.Conv2d(widths[-1], channels, 3, padding=1)
+        self.conv = Conv3x3(widths[-1], channels)
         glorot_(self)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -1,0 +1,113 @@
+"""The 3x3 convolutions of the networks, with the gradient of their weights computed the faster way on a CPU.
+
+oneDNN computes it in bf16 row by row of the image and pads every row to the 32 pixels that an AMX tile multiplies:
+on the small images of the inner scales nearly all of that is padding. There it is one matrix product instead, of the
+output's gradient and the input's 3x3 neighbourhoods (docs/throughput.md has the figures).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SHORT_ROW = 16  # pixels; from here on oneDNN is faster
+
+
+def _neighbourhoods(x: Tensor, height: int, width: int, stride: int) -> Tensor:
+    """[B,C,H,W] -> [B*height*width, 9*C]: what a 3x3 kernel with padding 1 sees at each of its places."""
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()
+    image, row, pixel, channel = padded.stride()
+    size = (x.shape[0], height, width, 3, 3, x.shape[1])
+    return padded.as_strided(size, (image, stride * row, stride * pixel, row, pixel, channel)).reshape(
+        -1, 9 * x.shape[1]
+    )
+
+
+def _kernel_gradient(small: Tensor, large: Tensor, stride: int) -> Tensor:
+    """Of a kernel [S,L,3,3] between images [B,S,h,w] and [B,L,h*stride,w*stride]: the sum over all places."""
+    rows = small.permute(0, 2, 3, 1).reshape(-1, small.shape[1])
+    product = rows.t() @ _neighbourhoods(large, small.shape[2], small.shape[3], stride)
+    return product.view(small.shape[1], 3, 3, large.shape[1]).permute(0, 3, 1, 2)
+
+
+class _Convolution(torch.autograd.Function):
+    """Both kinds, padding 1; a transposed one has output_padding stride - 1."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: int, transposed: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.transposed = stride, transposed
+        if transposed:
+            return F.conv_transpose2d(x, weight, bias, stride, 1, stride - 1)
+        return F.conv2d(x, weight, bias, stride, 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        s, needs = ctx.stride, ctx.needs_input_grad
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_x = grad_weight = grad_bias = None
+        if needs[0]:
+            output_padding = s - 1 if ctx.transposed else 0
+            grad_x = torch.ops.aten.convolution_backward(
+                grad, x, weight, None, [s, s], [1, 1], [1, 1], ctx.transposed, [output_padding] * 2, 1,
+                [True, False, False],
+            )[0]  # fmt: skip
+        if needs[1]:
+            grad_weight = _kernel_gradient(x, grad, s) if ctx.transposed else _kernel_gradient(grad, x, s)
+        if needs[2]:
+            grad_bias = grad.sum((0, 2, 3))
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _ours(x: Tensor, row: int) -> bool:
+    """Whether oneDNN would be slow: rows of `row` pixels in bf16, in training, on a CPU."""
+    return (
+        row < SHORT_ROW
+        and x.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    )
+
+
+def _call(x: Tensor, weight: Tensor, bias: Tensor, stride: int, transposed: bool) -> Tensor:
+    x, weight, bias = (t.bfloat16() for t in (x, weight, bias))
+    return _Convolution.apply(x, weight, bias, stride, transposed)
+
+
+class Conv3x3(nn.Conv2d):
+    """[B,C,H,W] -> [B,D,H/stride,W/stride], padding 1; the stride divides H and W.
+
+    Args:
+        cancelled: batch norm follows directly and cancels the bias. Its gradient is zero but for rounding, which Adam
+            would turn into steps of the size of lr: it gets none.
+    """
+
+    bias: Tensor
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, cancelled: bool = False) -> None:
+        super().__init__(inputs, outputs, 3, stride, padding=1)
+        self.cancelled = cancelled
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias.detach() if self.cancelled else self.bias
+        if _ours(x, x.shape[3] // self.stride[0]):
+            return _call(x, self.weight, bias, self.stride[0], False)
+        return self._conv_forward(x, self.weight, bias)
+
+
+class ConvTranspose3x3(nn.ConvTranspose2d):
+    """[B,C,H,W] -> [B,D,2H,2W]."""
+
+    bias: Tensor
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, stride=2, padding=1, output_padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        if _ours(x, x.shape[3]):
+            return _call(x, self.weight, self.bias, 2, True)
+        return super().forward(x)
