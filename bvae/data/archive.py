@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
 
 from bvae.data.recipe import Item, Rejected
@@ -311,7 +311,7 @@ def _list_tar(source: Source, file: Path, number: int, label: str) -> None:
             item = UnusableItem(name, _too_large(member.size))
         elif not packed:
             item = TarItem(name, str(file), member.offset_data, member.size)
-        elif PurePosixPath(name).name in PARTITION_LISTS:
+        elif _base(name) in PARTITION_LISTS:
             item = _unpack(name, archive, member)
         else:
             item = PackedItem(name, number, index)
@@ -386,12 +386,12 @@ def _why_no_file(path: str) -> str:
 
 def _sort_in(source: Source, item: Item) -> bool:
     """Puts a file where it belongs by its name; whether it is a nested archive."""
-    name, lower = PurePosixPath(item.name).name, item.name.lower()
+    lower = item.name.lower()
     if _is_hidden(item.name):
         source.ignored += 1
     elif lower.endswith(SUFFIXES):
         source.items.append(item)
-    elif name in PARTITION_LISTS:
+    elif _base(item.name) in PARTITION_LISTS:
         source.lists.append(item)
     else:
         source.ignored += 1
@@ -402,7 +402,7 @@ def _sort_in(source: Source, item: Item) -> bool:
 
 
 def _see_folder(source: Source, name: str) -> None:
-    if name.rpartition("/")[2].lower() in SPLIT_FOLDERS:
+    if _base(name).lower() in SPLIT_FOLDERS:
         source.split_folders.add(name)
 
 
@@ -425,6 +425,10 @@ def _clean(name: str) -> str:
     while name.startswith("./"):
         name = name[2:]
     return name
+
+
+def _base(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _is_hidden(name: str) -> bool:

@@ -4,7 +4,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -141,13 +141,13 @@ def _by_list(source: Source, where: str, data: bytes) -> Plan | None:
     part = np.full(len(source.items), UNLISTED, np.int8)
     met = set()
     for number, item in enumerate(source.items):
-        name = item.name if item.name in parts else PurePosixPath(item.name).name
+        name = item.name if item.name in parts else item.name.rpartition("/")[2]
         if name in parts:
             part[number] = parts[name]
             met.add(name)
     if not met:
         return None
-    name = PurePosixPath(where).name
+    name = os.path.basename(where)
     without = len(parts) - len(met)
     description = {
         "by": "list",

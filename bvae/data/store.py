@@ -128,10 +128,15 @@ def _read_json(file: Path) -> Any:
 
 def array_digest(array: np.ndarray) -> str:
     """SHA-256 over the shape, as Python writes it, and the bytes in C order, read a block at a time."""
-    digest = hashlib.sha256(repr(tuple(map(int, array.shape))).encode())
     rows = max(1, _BLOCK // max(1, array[:1].nbytes))
-    for start in range(0, len(array), rows):
-        digest.update(np.ascontiguousarray(array[start : start + rows]).data)
+    blocks = (np.ascontiguousarray(array[start : start + rows]).data for start in range(0, len(array), rows))
+    return _digest(array.shape, blocks)
+
+
+def _digest(shape: Iterable[int], blocks: Iterable[bytes | memoryview]) -> str:
+    digest = hashlib.sha256(repr(tuple(map(int, shape))).encode())
+    for block in blocks:
+        digest.update(block)
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -249,9 +254,11 @@ class StoreWriter:
                 _write(self._files[split], _header(shape), 0)
                 os.ftruncate(self._files[split], _HEADER + count * self._row)
                 os.fsync(self._files[split])
+                # Read, not mapped: what is mapped counts as this process's memory.
+                end = _HEADER + count * self._row
+                blocks = (os.pread(self._files[split], min(_BLOCK, end - at), at) for at in range(_HEADER, end, _BLOCK))
+                digests[split] = _digest(shape, blocks)
                 os.close(self._files.pop(split))
-                array = np.load(self._folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
-                digests[split] = array_digest(array)
                 arrays[split] = {"shape": list(shape), "digest": digests[split]}
             digest = joint_digest(digests["train"], digests["test"])
             meta = {"format": FORMAT, "version": VERSION, "digest": digest, "arrays": arrays, **meta}
