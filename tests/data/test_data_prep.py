@@ -1,6 +1,7 @@
 """From any source to a store: what is kept, what is rejected and why, and that the result depends on nothing else."""
 
 import csv
+import dataclasses
 import gzip
 import io
 import os
@@ -21,10 +22,12 @@ import pytest
 from pictures import encode, faces, picture, write_folder, write_tar, write_zip
 from PIL import Image
 
+from bvae.config import PRESETS
 from bvae.data import Store, load, prep
 from bvae.data.decoders.pillow import decode_image
 from bvae.data.prep import prepare
 from bvae.data.recipe import Recipe
+from bvae.datasource import load_data
 from bvae.errors import UserError
 
 RECIPE = Recipe(size=16, channels=3)
@@ -151,7 +154,8 @@ def test_celebas_defaults_cut_the_papers_square(tmp_path):
     for split, array in zip(("train", "val", "test"), arrays.values(), strict=True):
         square = Image.fromarray(array[45:173, 25:153]).resize((64, 64), Image.Resampling.BILINEAR)
         assert np.array_equal(getattr(store, split)[0], np.asarray(square))
-    assert np.array_equal(load(source, side=64, channels=3, crop=128).train, store.train)
+    data = load_data(dataclasses.replace(PRESETS["celeba"], data=str(source)), quiet=True)
+    assert np.array_equal(data.train, store.train) and data.digest == store.digest
 
 
 # --- what is rejected
