@@ -129,6 +129,16 @@ class Config:
     """Steps between two looks at the device."""
     checkpoint_seconds: float = _free(default=60.0)
     """Seconds between two checkpoints."""
+    fid_every: int = _free(default=0)
+    """Measure the FIDs of reconstructions and samples every so many epochs (0: never), outside the timed steps."""
+    fid_num: int = _free(default=10_000)
+    """Images generated for that; of the test set no more than so many are used."""
+    fid_protocol: Literal["tf1", "pytorch-fid", "clean"] = _free(default="tf1")
+    """How images are brought to the network (docs/fid.md)."""
+    inception: str | None = _free(default=None)
+    """Weights of the network, or `download`; by default $BVAE_INCEPTION or torch's hub cache."""
+    allow_few: bool = _free(default=False)
+    """Measure FIDs of fewer than 2,048 images too."""
 
     @property
     def smallest_side(self) -> int:
@@ -156,7 +166,7 @@ class Config:
             need(getattr(self, name) >= 1, f"--{_flag(name)} must be at least 1, not {getattr(self, name)}")
         for name in ("shapes_train", "shapes_test", "bn_batches", "epochs", "log_every", "eval_images"):
             need(getattr(self, name) >= 1, f"--{_flag(name)} must be at least 1, not {getattr(self, name)}")
-        for name in ("epochs2", "eval_every"):
+        for name in ("epochs2", "eval_every", "fid_every"):
             need(getattr(self, name) >= 0, f"--{_flag(name)} must not be negative")
         for name, most in MOST.items():  # what no machine could hold anyway, refused before it is tried
             need(getattr(self, name) <= most, f"--{_flag(name)} must be at most {most}, not {getattr(self, name)}")
@@ -174,6 +184,7 @@ class Config:
             "--batch 1 needs fewer --scales: batch norm cannot normalise one pixel",
         )
         need(self.max_steps is None or self.max_steps >= 1, f"--max-steps must be at least 1, not {self.max_steps}")
+        need(self.fid_num >= 2, f"--fid-num must be at least 2, not {self.fid_num}")
         need(0 <= self.checkpoint_seconds < math.inf, "--checkpoint-seconds must be a number of at least 0")
         for name in ("seed", "data_seed"):
             need(0 <= getattr(self, name) < 2**63, f"--{_flag(name)} must be between 0 and 2^63-1")

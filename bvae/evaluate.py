@@ -1,20 +1,38 @@
-"""python -m bvae.evaluate: measures a trained model on a test set."""
+"""python -m bvae.evaluate: measures a trained model on a test set.
+
+Reconstruction error, KL, variance law and inactive latents; and where the weights of the FID Inception are at hand, the
+FIDs of reconstructions and of both stages' samples. The figures of a run on its own data join its results.json.
+"""
 
 import argparse
+import contextlib
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bvae.batches import to_device
 from bvae.datasource import load_data
 from bvae.errors import UserError, run_command
+from bvae.fid_scores import NUM, FIDScorer
+from bvae.fid_scores import Progress as Follow
 from bvae.files import encode_json, write_atomically
 from bvae.machine import pick_device
+from bvae.metrics.cache import Cache, default_folder
+from bvae.metrics.extract import Extractor
+from bvae.metrics.protocols import DEFAULT, PROTOCOLS
+from bvae.metrics.weights import HELP, find_weights, load_inception
 from bvae.scores import encode_images, score_images, score_latents
-from bvae.two_stage import load, read_run
+from bvae.two_stage import TwoStageVAE, load, read_run
+
+RESULTS = "results.json"
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bvae.evaluate", description=__doc__)
     parser.add_argument("run", type=Path, help="a run's folder, or one that save_pretrained wrote")
     parser.add_argument("--data", help="images as for training; by default what the run was trained on")
@@ -22,15 +40,39 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    group = parser.add_argument_group("FID")
+    group.add_argument("--inception", help="the network's weights, or `download`")
+    group.add_argument("--no-fid", action="store_true", help="leave the FIDs out")
+    group.add_argument("--protocol", choices=PROTOCOLS, default=DEFAULT)
+    group.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the Inception network")
+    group.add_argument("--fid-num", type=int, default=NUM, help="generated images, and at most so many of the test set")
+    group.add_argument("--rec", choices=("both", "sampled", "mean"), default="both", help="how latents are decoded")
+    group.add_argument("--contrast", action="store_true", help="restore the contrast of reconstructions before REC")
+    group.add_argument("--allow-few", action="store_true", help="measure fewer than 2048 images too, and label it")
+    group.add_argument("--batch-size", type=int, help="images through the Inception at a time")
     args = parser.parse_args(argv)
-    if args.num is not None and args.num < 1:
-        raise UserError(f"--num must be at least 1, not {args.num}")
+    for name in ("num", "fid_num", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    return args
 
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     model = load(args.run, checkpoint=args.checkpoint, device=pick_device(args.device))
     c = model.config
+    # Before anything takes time: whether there are weights, and that they are the right ones.
+    weights = None if args.no_fid else find_weights(args.inception)
+    if weights is None and not args.no_fid:
+        print(f"note: no FID, since the weights of its network are missing: {HELP}", file=sys.stderr)
+    extractor = None
+    if weights is not None:
+        network, digest = load_inception(weights, model.device, args.precision)
+        extractor = Extractor(network, digest, PROTOCOLS[args.protocol], args.batch_size)
     data = load_data(c, args.data)
     trained_on = read_run(args.run).get("data", {}).get("digest")
-    if trained_on not in (None, data.digest):
+    own = trained_on in (None, data.digest)
+    if not own:
         print(f"note: {data.name} is not the data this run was trained on", file=sys.stderr)
 
     images = to_device(data.test[: args.num], model.device)
@@ -38,9 +80,71 @@ def main(argv: list[str] | None = None) -> None:
     figures["stage1"] = score_images(model.stage1, images, c.seed).figures
     if model.stage2 is not None:
         figures["stage2"] = score_latents(model.stage2, encode_images(model.stage1, images), c.seed).figures
+    if extractor is not None:
+        with following() as follow:
+            scorer = FIDScorer(
+                extractor, images, args.fid_num, args.allow_few, Cache(default_folder()), progress=follow
+            )
+            figures["fid"] = {args.protocol: fid_figures(model, scorer, args.rec, args.contrast)}
     print(encode_json(figures, indent=2))
     if args.json:
         write_atomically(args.json, encode_json(figures, indent=2).encode())
+    if own and args.checkpoint == "last":
+        extend_results(args.run / RESULTS, figures, whole=len(images) == len(data.test))
+
+
+def fid_figures(model: TwoStageVAE, scorer: FIDScorer, rec: str, contrast: bool) -> dict[str, Any]:
+    """REC, GEN-1 and GEN-2 of a model; None where it has no second stage."""
+    seed = model.config.seed
+    found: dict[str, Any] = scorer.about()
+    for name, sample in (("rec", True), ("rec_mean", False)):
+        if rec in ("both", "sampled" if sample else "mean"):
+            found[name + "_contrast" * contrast] = scorer.reconstructed(model, seed, sample, contrast)
+    found["gen1"] = scorer.generated(model, 1, seed, rescale=False)
+    found["gen2"] = found["gen2_rescaled"] = None
+    if model.stage2 is not None:
+        found["gen2"] = scorer.generated(model, 2, seed, rescale=False)
+        found["gen2_rescaled"] = scorer.generated(model, 2, seed, rescale=True)
+    return found
+
+
+def extend_results(path: Path, figures: dict[str, Any], whole: bool) -> None:
+    """Adds the FIDs to a run's results, and the stages' figures where it has none; changes nothing else in them.
+
+    Figures under a protocol join those that are there where both are of the same images, weights and precision, and
+    replace them otherwise. `whole`: the stages' figures are of the whole test set.
+    """
+    try:
+        results = json.loads(path.read_text())
+    except FileNotFoundError:
+        results = {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}): the figures were not added to it") from error
+    if not isinstance(results, dict) or not isinstance(results.get("fid", {}), dict):
+        raise UserError(f"{path}: not the results of a run: the figures were not added to it")
+    for name in ("stage1", "stage2"):
+        if name in figures and whole:
+            results.setdefault(name, figures[name])
+    for protocol, found in figures.get("fid", {}).items():
+        there = results.setdefault("fid", {}).get(protocol, {})
+        same = all(there.get(name) == found[name] for name in ("n", "n_reference", "precision", "weights"))
+        results["fid"][protocol] = (there if same else {}) | found
+    write_atomically(path, encode_json(results, indent=2).encode())
+
+
+@contextlib.contextmanager
+def following() -> Iterator[Follow]:
+    """A progress display on stderr."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        tasks: dict[str, Any] = {}
+
+        def follow(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done)
+
+        yield follow
 
 
 if __name__ == "__main__":

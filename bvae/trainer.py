@@ -22,6 +22,7 @@ from bvae.config import Config
 from bvae.data import Dataset
 from bvae.data.shapes import FACTOR_TYPES
 from bvae.errors import UserError
+from bvae.fid_scores import fid_scorer
 from bvae.files import encode_json, exists, write_atomically, writing
 from bvae.graph import Runner, make_runner
 from bvae.machine import describe_device, versions
@@ -136,6 +137,7 @@ class Trainer:
                 norm.gather = gather
         self.train_images = to_device(data.train, self.device)
         self.test_images = to_device(data.test, self.device)
+        self.fid = fid_scorer(config, self.test_images, self.world) if config.fid_every else None
         self.results: dict[str, Any] = {}
         self.best = math.inf
         self.best_model: dict[str, Tensor] | None = None
@@ -281,10 +283,12 @@ class Trainer:
             "latent_sigma2": moments[2].tolist(),
             "latent_kl": moments[3].tolist(),
         }
-        every = self.config.eval_every
-        if (every and epoch % every == 0) or stage.done == stage.total:
-            kept = stage.step.statistics.clone()
+        kept = stage.step.statistics.clone()
+        evaluates = self._falls_due(stage, epoch, self.config.eval_every)
+        scores_fid = self.fid is not None and self._falls_due(stage, epoch, self.config.fid_every)
+        if evaluates or scores_fid:
             self._recompute(stage, min(self.config.bn_batches, EPOCH_BN_BATCHES))
+        if evaluates:
             scores = stage.score().figures
             record |= {"test_mse": scores["mse_sampled"], "test_kl": scores["kl"]}
             record |= {name: scores[name] for name in ("variance_law", "inactive")}
@@ -295,8 +299,14 @@ class Trainer:
                 self.best = bound
                 if self.world.first:
                     self.best_model = {name: t.clone() for name, t in self.model.state_dict().items()}
-            stage.step.statistics.copy_(kept)
+        if self.fid is not None and scores_fid:
+            record |= self.fid.curve(self.model, stage.number, self.config.seed)
+        stage.step.statistics.copy_(kept)
         self.log.epoch(record)
+
+    @staticmethod
+    def _falls_due(stage: Stage, epoch: int, every: int) -> bool:
+        return bool(every and epoch % every == 0) or stage.done == stage.total
 
     # ---- the stages -------------------------------------------------------------------------------------------
 

@@ -45,8 +45,7 @@ class Cache:
             return None
         if any(meta.get(name) != value for name, value in key.items()) or (features and found.features is None):
             return None
-        kept = None if found.features is None else found.features.to(device)
-        return Statistics(found.mean.to(device), found.covariance.to(device), n, origin, kept)
+        return found.to(device)
 
     def put(self, images: str, statistics: Statistics) -> None:
         """Keeps them, where the folder can be written; says so where it cannot."""

@@ -19,13 +19,13 @@ class Extractor:
     Args:
         network: on its device, in its precision.
         weights: digest of its weights.
-        batch: images through the network at a time.
+        batch: images through the network at a time; by default what suits its device.
     """
 
-    def __init__(self, network: Inception, weights: str, protocol: Protocol, batch: int = 50) -> None:
+    def __init__(self, network: Inception, weights: str, protocol: Protocol, batch: int | None = None) -> None:
         self.network = network
         self.protocol = protocol
-        self.batch = batch
+        self.batch = batch or (256 if network.device.type == "cuda" else 50)
         self.weights = weights
 
     def origin(self, done: str = "") -> Origin:

@@ -58,6 +58,10 @@ class Statistics:
     origin: Origin
     features: Tensor | None = None
 
+    def to(self, device: torch.device) -> "Statistics":
+        features = None if self.features is None else self.features.to(device)
+        return Statistics(self.mean.to(device), self.covariance.to(device), self.n, self.origin, features)
+
     def without_features(self) -> "Statistics":
         return dataclasses.replace(self, features=None)
 

@@ -60,7 +60,10 @@ def _download(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(URL, str(path), hash_prefix=FILE_SHA256)
     except (OSError, RuntimeError, ValueError) as error:  # no network, a full disk, another file than expected
-        raise UserError(f"cannot download {URL}: {getattr(error, 'reason', None) or error}") from error
+        reason = getattr(error, "reason", None) or error
+        raise UserError(
+            f"cannot download {URL}: {reason}; fetch it elsewhere and give its path (--inception, ${VARIABLE})"
+        ) from error
     return path
 
 
