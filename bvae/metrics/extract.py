@@ -11,6 +11,7 @@ from bvae.metrics.inception import FEATURES, Inception
 from bvae.metrics.moments import Moments
 from bvae.metrics.protocols import Protocol
 from bvae.metrics.statistics import Origin, Statistics
+from bvae.world import talking
 
 
 class Extractor:
@@ -77,9 +78,10 @@ class Extractor:
             progress(len(batch))
         whole = torch.cat(kept) if kept else None
         if dist.is_available() and dist.is_initialized():
-            moments.all_reduce()
             parts: list[Tensor | None] = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, None if whole is None else whole.cpu())
+            with talking():
+                moments.all_reduce()
+                dist.all_gather_object(parts, None if whole is None else whole.cpu())
             there = [part for part in parts if part is not None]
             whole = torch.cat(there).to(self.network.device) if len(there) == len(parts) else None
         if moments.n < 2:

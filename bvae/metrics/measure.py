@@ -9,6 +9,7 @@ from bvae.metrics.cache import Cache
 from bvae.metrics.extract import Extractor
 from bvae.metrics.sources import ChangedImages, Images
 from bvae.metrics.statistics import Statistics
+from bvae.world import talking
 
 
 def measure(
@@ -50,5 +51,6 @@ def measure(
 def _from_first(found: Statistics | None, device: torch.device) -> Statistics | None:
     """What rank 0 has found, on every rank."""
     shared = [None if found is None else found.to(torch.device("cpu"))]
-    dist.broadcast_object_list(shared, src=0)
+    with talking():
+        dist.broadcast_object_list(shared, src=0)
     return None if shared[0] is None else shared[0].to(device)
