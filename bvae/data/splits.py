@@ -100,6 +100,9 @@ def parse_list(data: bytes, where: str) -> dict[str, int]:
     except UnicodeDecodeError as error:
         raise refusal(where, "not a partition list", error) from error
     numbers = {"0": TRAIN, "1": VAL, "2": TEST}
+    fields = " ".join(lines).split(" ")
+    if len(fields) == 2 * len(lines) == 2 * len(set(fields[::2])) and set(fields[1::2]) <= set(numbers):
+        return dict(zip(fields[::2], map(numbers.__getitem__, fields[1::2]), strict=True))  # CelebA's own, at once
     parts: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -136,15 +139,13 @@ def _by_found_list(source: Source) -> Plan | None:
 
 
 def _by_list(source: Source, where: str, data: bytes) -> Plan | None:
-    """A list names images by their path in the source or, as CelebA's, by the last part of it."""
+    """A list names images by their path in the source or, as CelebA's, by the last part of it; if none of these is
+    there, by that without its suffix, so that it also serves for images stored in another format."""
     parts = parse_list(data, where)
-    part = np.full(len(source.items), UNLISTED, np.int8)
-    met = set()
-    for number, item in enumerate(source.items):
-        name = item.name if item.name in parts else item.name.rpartition("/")[2]
-        if name in parts:
-            part[number] = parts[name]
-            met.add(name)
+    part, met = _look_up(source, parts)
+    if not met:
+        parts = {os.path.splitext(name)[0]: number for name, number in parts.items()}
+        part, met = _look_up(source, parts, suffix=False)
     if not met:
         return None
     name = os.path.basename(where)
@@ -159,6 +160,19 @@ def _by_list(source: Source, where: str, data: bytes) -> Plan | None:
     }
     how = f"{name}" + (f", of which {without} of {len(parts)} lines have no image here" if without else "")
     return Plan(part, how, description)
+
+
+def _look_up(source: Source, parts: dict[str, int], suffix: bool = True) -> tuple[np.ndarray, set[str]]:
+    """(the part of each item, the names that were found)."""
+    part = np.full(len(source.items), UNLISTED, np.int8)
+    met = set()
+    for number, item in enumerate(source.items):
+        path = item.name if suffix else os.path.splitext(item.name)[0]
+        name = path if path in parts else path.rpartition("/")[2]
+        if name in parts:
+            part[number] = parts[name]
+            met.add(name)
+    return part, met
 
 
 def _by_folders(source: Source, seed: int) -> Plan | None:

@@ -67,6 +67,12 @@ def test_images_that_the_list_does_not_name_and_lists_of_other_images(tmp_path):
     refused(lambda: make_plan(one_part), "no image is for test")
 
 
+def test_celebas_list_serves_for_its_images_in_another_format(tmp_path):
+    source = open_source(write_zip(tmp_path / "a.zip", {f"img/00000{n}.png": b"x" for n in (1, 2, 3, 4)}))
+    (tmp_path / "list_eval_partition.txt").write_text(LIST)
+    assert make_plan(source).part.tolist() == [TRAIN, VAL, TEST, UNLISTED]
+
+
 def test_a_list_may_name_whole_paths(tmp_path):
     names = ["a/1.png", "b/1.png", "c/1.png"]
     source = open_source(write_zip(tmp_path / "a.zip", dict.fromkeys(names, b"x")))
