@@ -1,5 +1,6 @@
 """From images to statistics: the protocol, the network and the moments, batch by batch on the network's device."""
 
+import itertools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -44,7 +45,9 @@ class Extractor:
                 part = part.expand(-1, -1, -1, 3) if part.dtype == torch.uint8 else part.expand(-1, 3, -1, -1)
                 parts.append(self.network(self.protocol.prepare(part)))
             return torch.cat(parts)
-        except torch.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
             raise UserError(
                 f"not enough memory for {self.batch} images of 299x299 at a time on {self.network.device}: "
                 "lower --batch-size, or use --precision bf16"
@@ -61,10 +64,11 @@ class Extractor:
         """Statistics of batches of images (see `features`), of any sizes.
 
         Args:
-            keep: keep the features too. They are kept anyway while there are fewer than dimensions.
+            keep: keep the features too. They are kept anyway where there are fewer than dimensions.
             progress: called with the number of images after each batch.
 
-        In a distributed job the ranks each give images of their own and get the statistics of all.
+        In a distributed job the ranks take turns: of the set's batches each gives every so-many-th (see
+        bvae.metrics.sources), and all get the statistics of the whole set.
         """
         moments = Moments(FEATURES, self.network.device)
         kept: list[Tensor] | None = []
@@ -76,14 +80,21 @@ class Extractor:
                 if not keep and moments.n >= FEATURES:
                     kept = None
             progress(len(batch))
-        whole = torch.cat(kept) if kept else None
         if dist.is_available() and dist.is_initialized():
-            parts: list[Tensor | None] = [None] * dist.get_world_size()
             with talking():
                 moments.all_reduce()
-                dist.all_gather_object(parts, None if whole is None else whole.cpu())
-            there = [part for part in parts if part is not None]
-            whole = torch.cat(there).to(self.network.device) if len(there) == len(parts) else None
+                kept = _gathered(kept)
+        whole = torch.cat(kept).to(self.network.device) if kept else None
         if moments.n < 2:
             raise UserError(f"{moments.n} image(s): a covariance needs at least 2")
         return Statistics(moments.mean(), moments.covariance(), moments.n, self.origin(done), whole)
+
+
+def _gathered(mine: list[Tensor] | None) -> list[Tensor] | None:
+    """The batches of all ranks, which took turns, in the order that one rank would have had them in."""
+    ranks: list[list[Tensor] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, None if mine is None else [batch.cpu() for batch in mine])
+    there = [batches for batches in ranks if batches is not None]
+    if len(there) < len(ranks):
+        return None
+    return [batch for turn in itertools.zip_longest(*there) for batch in turn if batch is not None]

@@ -254,7 +254,7 @@ def _open_npz(path: Path, split: str | None, grey: bool) -> Images | Statistics:
                 found = ", ".join(names[:8]) or "none"
                 raise refusal(path, f"which array? Expected {split or 'images or a single array'}, found: {found}")
             array = archive[wanted[0]]
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # NumPy and zipfile report damage in many ways
         raise refusal(path, "not a readable NumPy archive", error) from error

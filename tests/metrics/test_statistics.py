@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from inception_samples import QuickNetwork
 
 from bvae.errors import UserError
@@ -51,11 +53,11 @@ def test_are_numpys_of_the_features() -> None:
 
 def test_features_are_not_kept_beyond_their_dimension_unless_asked() -> None:
     e = extractor()
-    many = [torch.zeros(1000, 8, 8, 3, dtype=torch.uint8)] * 3
+    many = [torch.zeros(1030, 8, 8, 3, dtype=torch.uint8)] * 2
     e.features = lambda batch: torch.ones(len(batch), 2048)  # type: ignore[method-assign]
     assert e.statistics(many).features is None
     kept = e.statistics(many, keep=True).features
-    assert kept is not None and kept.shape == (3000, 2048)
+    assert kept is not None and kept.shape == (2060, 2048)
 
 
 def test_grey_is_its_colour_and_floats_are_their_pixels() -> None:
@@ -208,3 +210,37 @@ def test_a_damaged_cache_is_as_good_as_none(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "no folder").touch()
     Cache(tmp_path / "no folder").put("sha256:i", small(dim=16))
     assert "not cached" in capsys.readouterr().err
+
+
+# ---- several processes, and too little memory -----------------------------------------------------------------------
+
+
+def share_work(rank: int, ranks: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    parts = images(70).split(16)[rank::ranks]
+    s = extractor(batch=8).statistics(parts, keep=True)
+    torch.save((s.n, s.mean, s.covariance, s.features), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_share_the_images_and_get_the_whole_in_order(tmp_path: Path) -> None:
+    mp.spawn(share_work, (2, str(tmp_path)), nprocs=2)
+    whole = extractor(batch=8).statistics(images(70).split(16), keep=True)
+    for rank in range(2):
+        n, mean, covariance, features = torch.load(tmp_path / f"{rank}.pt")
+        assert n == 70 and torch.equal(features, whole.features)
+        torch.testing.assert_close(mean, whole.mean, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(covariance, whole.covariance, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_ends_with_advice(error: Exception) -> None:
+    e = extractor(batch=7)
+
+    def fail(x: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    e.network.forward = fail  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="not enough memory for 7 images"):
+        e.features(images(9))
