@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bvae.batches import Batches
+from bvae.errors import UserError
 from bvae.step import Step
 
 WARM_UP = 3  # steps before recording: cuDNN chooses its algorithms, libraries set themselves up
@@ -94,6 +95,8 @@ def make_runner(batches: Batches, step: Step, wanted: bool, obstacle: str | None
 
     Args:
         obstacle: a reason of the caller's not to record steps.
+
+    Raises UserError where steps of one of several ranks cannot be recorded.
     """
     if not wanted:
         why = "--no-graph"
@@ -106,6 +109,8 @@ def make_runner(batches: Batches, step: Step, wanted: bool, obstacle: str | None
             return Graph(batches, step)
         except RuntimeError as error:
             why = f"recording failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            if step.world.size > 1:  # the others may be an exchange ahead, which none of our steps would fit
+                raise UserError(f"rank {step.world.rank}: {why}; start with --no-graph") from error
     return Eager(batches, step, why)
 
 

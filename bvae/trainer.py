@@ -253,6 +253,7 @@ class Trainer:
 
     def _look(self, stage: Stage) -> dict[str, float]:
         """Means since the epoch's start; ends the run where too many steps were not finite."""
+        self.world.settle()
         sums = stage.step.sums
         if sums.trouble.item() >= MUCH_TROUBLE:
             self.save()

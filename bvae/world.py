@@ -7,6 +7,7 @@ group, in which every method returns at once.
 import contextlib
 import os
 import re
+import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from types import TracebackType
@@ -173,6 +174,21 @@ class World:
 
     # ---- coming and going ---------------------------------------------------------------------------------------
 
+    def settle(self) -> None:
+        """Waits for the device where there are several ranks; Lost after TIMEOUT.
+
+        A collective in a replayed CUDA graph waits for a rank that hangs for ever, and so would the host.
+        """
+        if self.size == 1 or self.device.type != "cuda":
+            return
+        event = torch.cuda.Event()
+        event.record()
+        deadline = time.monotonic() + TIMEOUT.total_seconds()
+        while not event.query():
+            if time.monotonic() > deadline:
+                raise Lost(f"rank {self.rank} waits for the other processes: one hangs ({TIMEOUT} without a step)")
+            time.sleep(1e-4)
+
     def wait(self) -> None:
         """Until all ranks are here."""
         self.largest(0)
@@ -185,10 +201,14 @@ class World:
     ) -> None:
         """Ends the connection. Of the ranks that end with a UserError only one lets it through, to be printed once."""
         speaks = error is None or self._speaks()
-        if error is None and self.size > 1 and dist.is_initialized():
-            self.wait()  # NCCL may hang where a rank leaves while another still works
-            dist.destroy_process_group()
-        # After an error nothing is awaited: the process is about to end, and the others notice.
+        if self.size > 1 and dist.is_initialized():
+            assert dist.group.WORLD is not None
+            if error is None:
+                self.wait()  # NCCL may hang where a rank leaves while another still works
+                dist.destroy_process_group()
+            else:
+                with contextlib.suppress(RuntimeError):
+                    dist.group.WORLD.abort()  # what still waits for another rank must not hold up the end
         if isinstance(error, UserError) and not speaks:
             raise SystemExit(2)
 

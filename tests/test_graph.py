@@ -11,10 +11,12 @@ from bvae import graph, ops
 from bvae.balance import make_loss
 from bvae.batches import ImageBatches, LatentBatches
 from bvae.config import Config
+from bvae.errors import UserError
 from bvae.graph import STEPS, Eager, Graph, make_runner
 from bvae.models.vae import first_stage, l2_kernels, second_stage
 from bvae.step import Step
 from bvae.train import main
+from bvae.world import World
 
 CONFIG = Config(preset="shapes", side=8, scales=2, base=4, fc=8, latents=3, hidden=16)
 
@@ -132,6 +134,16 @@ def test_a_failed_recording_falls_back_unchanged_and_says_why(monkeypatch, fails
     assert isinstance(runner, Eager)
     assert runner.why_eager == "recording failed: operation not permitted"
     same(everything(batches, step), before)
+
+
+def test_a_failed_recording_of_one_of_several_ranks_ends_the_run(monkeypatch):
+    """Its steps would otherwise be exchanged with others' of the warm-up."""
+    batches, step = make()
+    batches.device, step.world = torch.device("cuda"), World(1, 2)
+    monkeypatch.setattr(graph, "_recording", lambda: contextlib.nullcontext(lambda program: program()))
+    monkeypatch.setattr(Step, "__call__", lambda *_: torch.zeros(2).view(3))
+    with pytest.raises(UserError, match=r"rank 1: recording failed: .*; start with --no-graph"):
+        make_runner(batches, step, wanted=True)
 
 
 def test_why_a_runner_is_eager():

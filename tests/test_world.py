@@ -4,6 +4,7 @@ import math
 import os
 import socket
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from bvae.models.norm import BatchNorm2d, batch_norms
 from bvae.models.vae import first_stage, second_stage
 from bvae.scores import encode_images, score_images, score_latents
 from bvae.step import Step
-from bvae.world import ALONE, World, gather
+from bvae.world import ALONE, Lost, World, gather
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 
@@ -258,3 +259,20 @@ def test_synchronised_statistics_of_one_rank_are_plain():
     torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
     for p, q in zip(plain.state_dict().values(), over_ranks.state_dict().values(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_a_hanging_rank_is_given_up(monkeypatch):
+    class Never:
+        def record(self):
+            pass
+
+        def query(self):
+            return False
+
+    monkeypatch.setattr(torch.cuda, "Event", Never)
+    monkeypatch.setattr("bvae.world.TIMEOUT", timedelta(seconds=0.05))
+    ALONE.settle()
+    world = World(1, 2)
+    world.device = torch.device("cuda", 1)
+    with pytest.raises(Lost, match="rank 1 waits"):
+        world.settle()
