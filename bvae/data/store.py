@@ -337,7 +337,11 @@ class StoreWriter:
         self._check_target()  # again: much time has passed
         if self._real.is_dir() and any(self._real.iterdir()):
             os.rename(self._real, self._replaced)
-        os.rename(self._folder, self._real)
+        try:
+            os.rename(self._folder, self._real)
+        except OSError:
+            self._recover()
+            raise
         _sync_folder(self._real.parent)
         assert self._lock is not None
         self._lock.close()

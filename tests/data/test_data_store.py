@@ -262,6 +262,7 @@ def write_and_die(path, seed, fatal):
             return call
 
         try:
+            os.fsync = bool  # a process that dies takes nothing with it that the kernel has; only its place counts
             for name in CHANGES:
                 setattr(os, name, counted(getattr(os, name)))
             rows = np.full((6, *SHAPE), seed, np.uint8)
