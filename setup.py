@@ -148,7 +148,7 @@ def configure() -> dict:
         link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     ops = CppExtension(
         "bvae._C",
-        [str(path.relative_to(ROOT)) for path in sorted(CSRC.glob("*.cpp")) if path.name != "host.cpp"],
+        [str(path.relative_to(ROOT)) for path in sorted(CSRC.glob("*.cpp")) if path.name[:4] != "host"],
         define_macros=defines,
         extra_compile_args={"cxx": [*CXX_FLAGS, "-std=c++20"]},
         extra_link_args=link,
@@ -160,7 +160,7 @@ def configure() -> dict:
     flags = " ".join([*CXX_FLAGS, *(["|", "nvcc", *NVCC_FLAGS] if nvcc else [])])
     host = Extension(
         "bvae._host",
-        ["csrc/host.cpp"],
+        [str(path.relative_to(ROOT)) for path in sorted(CSRC.glob("host*.cpp"))],
         include_dirs=[pybind11.get_include()],
         define_macros=[
             ("BVAE_TORCH_VERSION", f'"{torch.__version__}"'),
@@ -168,7 +168,9 @@ def configure() -> dict:
             ("BVAE_ARCHITECTURES", f'"{archs}"'),
             ("BVAE_FLAGS", f'"{flags}"'),
         ],
-        extra_compile_args={"cxx": ["-O2", "-g0", "-std=c++17", "-fvisibility=hidden"]},
+        extra_compile_args={"cxx": ["-O2", "-g0", "-std=c++17", "-fvisibility=hidden", "-pthread"]},
+        extra_link_args=["-pthread"],
+        depends=["csrc/host_rows.h"],
         language="c++",
     )
     return {"ext_modules": [ops, host], "cmdclass": {"build_ext": Build}}

@@ -14,13 +14,19 @@ from torch import Tensor
 
 from bvae import ops
 from bvae.errors import UserError
+from bvae.mapped import Images, resident
 from bvae.seeds import derive
 
 
 def to_device(images: np.ndarray, device: torch.device) -> Tensor:
     """uint8 [N,H,W,C] as one tensor on `device`. Raises UserError where it does not fit."""
     try:
-        return torch.from_numpy(np.ascontiguousarray(images)).to(device)
+        if isinstance(images, np.ndarray) and images.flags.writeable:
+            return torch.from_numpy(np.ascontiguousarray(images)).to(device)
+        resident = torch.empty(images.shape, dtype=torch.uint8, device=device)
+        for first in range(0, len(images), 4096):  # mapped: not all of it twice in memory
+            resident[first : first + 4096] = torch.from_numpy(np.array(images[first : first + 4096]))
+        return resident
     except torch.OutOfMemoryError:
         size = images.nbytes / 2**30
         raise UserError(f"the images ({size:.1f} GiB) do not fit in the memory of {device}: use fewer") from None
@@ -91,6 +97,7 @@ class ImageBatches(Batches):
         dtype: of the network's input, which is [B,C,H,W] in [0,1], channels_last; the target is the same rows as
             uint8.
         hflip: mirror each image with probability 1/2, input and target alike.
+        count: how many there are, where `images` does not hold them all.
     """
 
     def __init__(
@@ -101,8 +108,9 @@ class ImageBatches(Batches):
         dtype: torch.dtype,
         hflip: bool = False,
         part: slice | None = None,
+        count: int | None = None,
     ) -> None:
-        super().__init__(images.shape[0], batch, seed, images.device, part)
+        super().__init__(images.shape[0] if count is None else count, batch, seed, images.device, part)
         self.images = images
         self.dtype = dtype
         self.flips = torch.zeros(self.count, dtype=torch.bool, device=self.device) if hflip else None
@@ -143,11 +151,11 @@ class LatentBatches(Batches):
         return {"rng": self.rng}
 
 
-def chunks(images: Tensor, size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
-    """All of a resident set in order as (input float32 [B,C,H,W] in [0,1] channels_last, target uint8).
+def chunks(images: Images, size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images in order as (input float32 [B,C,H,W] in [0,1] channels_last, target uint8).
 
     An empty set is one empty batch.
     """
-    for first in range(0, max(images.shape[0], 1), size):
-        last = min(first + size, images.shape[0])
-        yield ops.gather(images, torch.arange(first, last, device=images.device))
+    for first in range(0, max(len(images), 1), size):
+        rows = resident(images[first : first + size])
+        yield ops.gather(rows, torch.arange(len(rows), device=rows.device))

@@ -121,6 +121,9 @@ class Config:
     """Where to train; auto takes CUDA when there is one."""
     graph: bool = _free(default=True)
     """On CUDA, replay whole steps from a CUDA graph; the numbers do not depend on it."""
+    stream: Literal["auto", "always", "never"] = _free(default="auto")
+    """Read images from their file while training; auto does where a .npy file or prepared store is too large for the
+    device's memory. The batches do not depend on it."""
     eval_every: int = _free(default=1)
     """Measure the test loss every so many epochs (0: only at the end)."""
     eval_images: int = _free(default=2_000)

@@ -47,6 +47,29 @@ def has_bf16(device: torch.device) -> bool:
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated now: the GPU's, or what the system and this process's control group leave."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        # A container's limit, where there is one. The cache it holds of files could be given up.
+        group = Path("/sys/fs/cgroup", Path("/proc/self/cgroup").read_text().strip().rpartition("::/")[2])
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        cached = next(
+            int(line.split()[1])
+            for line in (group / "memory.stat").read_text().splitlines()
+            if line.startswith("inactive_file ")
+        )
+        free = min(free, limit - used + cached)
+    except (OSError, ValueError, StopIteration):
+        pass  # no such files, or no limit ("max")
+    return max(free, 0)
+
+
 def versions() -> dict[str, str]:
     return {
         "bvae": importlib.metadata.version("bvae"),

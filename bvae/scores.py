@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bvae import ops
 from bvae.batches import chunks
+from bvae.mapped import Images
 from bvae.metrics.latent import inactive, latent_variances, variance_law
 from bvae.models.vae import VAE
 from bvae.seeds import derive
@@ -32,14 +33,14 @@ class Scores(NamedTuple):
 
 
 @torch.no_grad()
-def encode_images(model: VAE, images: Tensor, world: World = ALONE) -> Posterior:
-    """The posterior of resident images uint8 [N,H,W,C], in eval mode and fp32."""
+def encode_images(model: VAE, images: Images, world: World = ALONE) -> Posterior:
+    """The posterior of images uint8 [N,H,W,C], in eval mode and fp32."""
     model.eval()
     return _encode(model, (x for x, _ in chunks(images[world.share(len(images))])), len(images), world)
 
 
-def score_images(model: VAE, images: Tensor, seed: int, world: World = ALONE) -> Scores:
-    """Scores of the first stage on resident images uint8 [N,H,W,C]; mse is per element of images in [0,1]."""
+def score_images(model: VAE, images: Images, seed: int, world: World = ALONE) -> Scores:
+    """Scores of the first stage on images uint8 [N,H,W,C]; mse is per element of images in [0,1]."""
     posterior = encode_images(model, images, world)
     targets = (target for _, target in chunks(images[world.share(len(images))]))
     return _score(model, posterior, targets, seed, True, world)

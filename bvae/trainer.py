@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bvae import figures, ops
 from bvae.balance import GaussianVAELoss, make_loss
-from bvae.batches import Batches, ImageBatches, LatentBatches, to_device
+from bvae.batches import Batches, LatentBatches
 from bvae.checkpoint import BEST, LAST, load_checkpoint, prefixed, save_checkpoint, under
 from bvae.config import Config
 from bvae.data import Dataset
@@ -26,6 +26,7 @@ from bvae.fid_scores import fid_scorer
 from bvae.files import encode_json, exists, write_atomically, writing
 from bvae.graph import Runner, make_runner
 from bvae.machine import describe_device, versions
+from bvae.mapped import is_mapped, resident
 from bvae.metrics.latent import INACTIVE, factor_correlation, inactive, latent_variances
 from bvae.models.norm import batch_norms, recompute_statistics
 from bvae.models.vae import VAE, l2_kernels
@@ -33,6 +34,7 @@ from bvae.runlog import RunLog, read_metrics
 from bvae.scores import Scores, encode_images, score_images, score_latents
 from bvae.seeds import derive
 from bvae.step import Step
+from bvae.streaming import image_batches, place
 from bvae.two_stage import CONFIG, TwoStageVAE, to_uint8
 from bvae.world import World, gather
 
@@ -135,9 +137,11 @@ class Trainer:
         if config.sync_bn and self.world.size > 1:
             for norm in batch_norms(self.model):
                 norm.gather = gather
-        self.train_images = to_device(data.train, self.device)
-        self.test_images = to_device(data.test, self.device)
-        self.fid = fid_scorer(config, self.test_images, self.world) if config.fid_every else None
+        self.train_images = place(data.train, self.device, config.stream)
+        # Held out from a file of training images, the test set is in memory.
+        self.test_images = place(data.test, self.device, config.stream if is_mapped(data.test) else "never")
+        scored = self.test_images[: config.fid_num]
+        self.fid = fid_scorer(config, resident(scored), self.world) if config.fid_every else None
         self.results: dict[str, Any] = {}
         self.best = math.inf
         self.best_model: dict[str, Tensor] | None = None
@@ -331,7 +335,7 @@ class Trainer:
 
     def _first_stage(self) -> Stage:
         c, model = self.config, self.model.stage1
-        batches = ImageBatches(
+        batches = image_batches(
             self.train_images,
             c.batch,
             derive(c.seed, "batches", 1),
@@ -560,7 +564,7 @@ class Trainer:
 
     def _draw(self) -> None:
         shown = min(48, len(self.data.test))
-        originals = self.data.test[:shown]
+        originals = np.array(self.data.test[:shown])  # of a mapped file, perhaps, which torch could not have
         reconstructed = self.model.reconstruct(torch.from_numpy(originals).permute(0, 3, 1, 2))
         pictures = {"reconstructions": figures.reconstruction_grid(originals, to_uint8(reconstructed))}
         for number in (1, 2) if self.config.epochs2 else (1,):
