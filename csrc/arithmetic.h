@@ -20,6 +20,10 @@ BVAE_HD float fused(float a, float b, float c) {
 #endif
 }
 
+// sum + d^2, in one instruction where there is one.
+BVAE_HD float add_square(float d, float sum) { return fused(d, d, sum); }
+BVAE_HD double add_square(double d, double sum) { return sum + d * d; }
+
 BVAE_HD uint32_t bits_of(float x) {
 #ifdef __CUDA_ARCH__
   return __float_as_uint(x);
@@ -74,10 +78,20 @@ BVAE_HD float expm1_reduced(float r) {
 
 BVAE_HD float pow2(int32_t n) { return float_of(static_cast<uint32_t>(n + 127) << 23); }
 
-// e^x for x in [-87, 0]; below that, e^-87.
+#ifdef __CUDA_ARCH__
+// The units' own 2^x and 1/x, within 2 ulp, results below 2^-126 flushed to 0: one instruction each. The loss kernels
+// would otherwise be bound by arithmetic, not by memory.
+BVAE_HD float exp_any(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504088896341f));
+  return y;
+}
+#endif
+
+// e^x for x in [-87, 0]; below that, e^-87 (on a GPU 0).
 BVAE_HD float exp_negative(float x) {
 #ifdef __CUDA_ARCH__
-  return __expf(x);  // two instructions; the loss kernel would otherwise be bound by arithmetic, not by memory
+  return exp_any(x);
 #else
   x = x < -87.0f ? -87.0f : x;
   int32_t n;
@@ -91,13 +105,26 @@ BVAE_HD double exp_negative(double x) { return exp(x); }
 
 BVAE_HD float reciprocal(float x) {
 #ifdef __CUDA_ARCH__
-  return __fdividef(1.0f, x);  // 2 ulp, for the same reason
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 #else
   return 1.0f / x;
 #endif
 }
 
 BVAE_HD double reciprocal(double x) { return 1.0 / x; }
+
+// 1 / (1 + e^-x). e^-|x| never overflows.
+template <class A>
+BVAE_HD A sigmoid(A x) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(A) == 4) return reciprocal(1.0f + exp_any(-x));  // where e^-x is infinite this is the 0 it should be
+#endif
+  const A t = exp_negative(x < A(0) ? x : -x);
+  const A r = reciprocal(A(1) + t);
+  return x < A(0) ? t * r : r;
+}
 
 // sigma = e^l and m = e^l - 1 from one reduction. sigma^2 - 1 = m (m + 2) keeps its digits near collapse, where
 // l is close to 0 and e^(2l) - 1 would cancel.
@@ -140,6 +167,16 @@ BVAE_HD float log_unit(float u) {
   return fused(k, 0.693359375f, f + y);
 }
 
+BVAE_HD float square_root(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // within 1 ulp; exact rounding takes a dozen instructions more
+  return y;
+#else
+  return sqrtf(x);
+#endif
+}
+
 // sin and cos of w turns / 2^32. The quadrant comes off the integer, so that the reduction is exact.
 BVAE_HD void sincos_word(uint32_t w, float* s, float* c) {
   const uint32_t quadrant = (w + 0x20000000u) >> 30;
@@ -163,19 +200,18 @@ BVAE_HD void sincos_word(uint32_t w, float* s, float* c) {
 
 // ---- the loss ------------------------------------------------------------------------------------------------------
 
-// d = x_hat - x, with x_hat = sigmoid(recon) for logits. e^-|x| never overflows and keeps 1 - x_hat exact.
+// d = x_hat - x, with x_hat = sigmoid(recon) for logits.
 template <bool logits, class A>
 BVAE_HD A residual(A recon, A target) {
   if constexpr (logits) {
-    const A t = exp_negative(recon < A(0) ? recon : -recon);
-    const A r = reciprocal(A(1) + t);
-    return (recon < A(0) ? t * r : r) - target;
+    return sigmoid(recon) - target;
   } else {
     return recon - target;
   }
 }
 
-// d (x_hat - x)^2 / d recon, halved: the coefficient the caller multiplies with carries the 2.
+// d (x_hat - x)^2 / d recon, halved: the coefficient the caller multiplies with carries the 2. Through e^-|x|, which
+// keeps 1 - x_hat exact.
 template <bool logits, class A>
 BVAE_HD A half_slope(A recon, A target) {
   if constexpr (logits) {

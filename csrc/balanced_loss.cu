@@ -5,34 +5,41 @@
 namespace bvae {
 namespace {
 
-constexpr int kMaxBlocks = 1024;  // about one wave of an H100; fixed, so that sums depend on the size alone
-
-int blocks_for(int64_t numel) {
-  constexpr int64_t per_block = kThreads * kVector<float>;
-  const int64_t wanted = (numel + per_block - 1) / per_block;
-  return static_cast<int>(wanted < 1 ? 1 : (wanted > kMaxBlocks ? kMaxBlocks : wanted));
-}
+// Depends on the size and the device alone, so that sums do too.
+unsigned int blocks_for(int64_t numel, int device) { return one_wave((numel + 7) / 8, device); }
 
 template <class R, class T, bool logits>
-__global__ void __launch_bounds__(kThreads) loss_kernel(LossArgs args, int64_t vectors) {
+__global__ void __launch_bounds__(kThreads, kBounds<R>) loss_kernel(LossArgs args, int64_t vectors) {
   using A = typename Arithmetic<R>::type;
-  constexpr int n = kVector<R>;
+  constexpr int n = kVector<R>, ahead = kAhead<R>;
   const R* recon = static_cast<const R*>(args.recon);
   const T* target = static_cast<const T*>(args.target);
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
 
   double sum = 0.0;
-  for (int64_t i = thread; i < vectors; i += threads) {
-    const Pack<R, n> r = reinterpret_cast<const Pack<R, n>*>(recon)[i];
-    const Pack<T, n> t = reinterpret_cast<const Pack<T, n>*>(target)[i];
-    A part = A(0);
+  for (int64_t i = thread; i < vectors; i += ahead * threads) {
+    Pack<R, n> r[ahead];
+    Pack<T, n> t[ahead];
 #pragma unroll
-    for (int j = 0; j < n; ++j) {
-      const A d = residual<logits>(static_cast<A>(Element<R>::get(r.v[j])), target_value<A, T>(t.v[j]));
-      part += d * d;
+    for (int v = 0; v < ahead; ++v) {
+      if (i + v * threads < vectors) {
+        r[v] = load_pack<R, n>(recon, i + v * threads);
+        t[v] = load_pack<T, n>(target, i + v * threads);
+      }
     }
-    sum += static_cast<double>(part);
+#pragma unroll
+    for (int v = 0; v < ahead; ++v) {
+      if (i + v * threads < vectors) {
+        A part = A(0);
+#pragma unroll
+        for (int j = 0; j < n; ++j) {
+          const A d = residual<logits>(static_cast<A>(Element<R>::get(r[v].v[j])), target_value<A, T>(t[v].v[j]));
+          part = add_square(d, part);
+        }
+        sum += static_cast<double>(part);
+      }
+    }
   }
   // The tail, or everything where a pointer is not aligned and `vectors` is 0.
   for (int64_t i = vectors * n + thread; i < args.numel; i += threads) {
@@ -71,9 +78,9 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(LossArgs args, int64_t v
 }
 
 template <class R, class T, bool logits>
-__global__ void __launch_bounds__(kThreads) loss_grad_kernel(LossGradArgs args, int64_t vectors) {
+__global__ void __launch_bounds__(kThreads, kBounds<R>) loss_grad_kernel(LossGradArgs args, int64_t vectors) {
   using A = typename Arithmetic<R>::type;
-  constexpr int n = kVector<R>;
+  constexpr int n = kVector<R>, ahead = kAhead<R>;
   constexpr bool is_double = sizeof(A) == 8;
   const R* recon = static_cast<const R*>(args.recon);
   const T* target = static_cast<const T*>(args.target);
@@ -81,26 +88,42 @@ __global__ void __launch_bounds__(kThreads) loss_grad_kernel(LossGradArgs args, 
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
 
-  // Every thread makes the coefficient from the same device scalars: no extra launch, nothing read by the host.
-  const double g_loss = args.grad_loss != nullptr ? load_scalar(args.grad_loss, is_double) : 0.0;
-  const double g_sse = args.grad_sse != nullptr ? load_scalar(args.grad_sse, is_double) : 0.0;
-  const A coefficient =
-      static_cast<A>(loss_coefficient(g_loss, g_sse, *args.gamma2_used, static_cast<double>(args.batch)));
-  if (thread == 0) {
-    store_scalar(args.grad_kl, is_double,
-                 args.batch > 0 ? g_loss * args.kl_weight / static_cast<double>(args.batch) : 0.0);
+  // Every block makes the coefficient from the same device scalars: no extra launch, nothing read by the host. One
+  // thread of it does, for a division of doubles is slow on many GPUs.
+  __shared__ A shared_coefficient;
+  if (threadIdx.x == 0) {
+    const double g_loss = args.grad_loss != nullptr ? load_scalar(args.grad_loss, is_double) : 0.0;
+    const double g_sse = args.grad_sse != nullptr ? load_scalar(args.grad_sse, is_double) : 0.0;
+    const double batch = static_cast<double>(args.batch);
+    shared_coefficient = static_cast<A>(loss_coefficient(g_loss, g_sse, *args.gamma2_used, batch));
+    if (blockIdx.x == 0) store_scalar(args.grad_kl, is_double, args.batch > 0 ? g_loss * args.kl_weight / batch : 0.0);
   }
+  __syncthreads();
+  const A coefficient = shared_coefficient;
 
-  for (int64_t i = thread; i < vectors; i += threads) {
-    const Pack<R, n> r = reinterpret_cast<const Pack<R, n>*>(recon)[i];
-    const Pack<T, n> t = reinterpret_cast<const Pack<T, n>*>(target)[i];
-    Pack<R, n> g;
+  for (int64_t i = thread; i < vectors; i += ahead * threads) {
+    Pack<R, n> r[ahead];
+    Pack<T, n> t[ahead];
 #pragma unroll
-    for (int j = 0; j < n; ++j) {
-      const A slope = half_slope<logits>(static_cast<A>(Element<R>::get(r.v[j])), target_value<A, T>(t.v[j]));
-      g.v[j] = Element<R>::put(coefficient * slope);
+    for (int v = 0; v < ahead; ++v) {
+      if (i + v * threads < vectors) {
+        r[v] = load_pack<R, n>(recon, i + v * threads);
+        t[v] = load_pack<T, n>(target, i + v * threads);
+      }
     }
-    reinterpret_cast<Pack<R, n>*>(grad)[i] = g;
+#pragma unroll
+    for (int v = 0; v < ahead; ++v) {
+      if (i + v * threads < vectors) {
+        Pack<R, n> g;
+#pragma unroll
+        for (int j = 0; j < n; ++j) {
+          const A slope =
+              half_slope<logits>(static_cast<A>(Element<R>::get(r[v].v[j])), target_value<A, T>(t[v].v[j]));
+          g.v[j] = Element<R>::put(coefficient * slope);
+        }
+        store_pack<R, n>(grad, g, i + v * threads);
+      }
+    }
   }
   for (int64_t i = vectors * n + thread; i < args.numel; i += threads) {
     const A slope = half_slope<logits>(static_cast<A>(Element<R>::get(recon[i])), target_value<A, T>(target[i]));
@@ -153,8 +176,8 @@ int64_t vectors_of(const void* recon, const void* target, const void* grad, int6
 
 const char* cuda_error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
-int64_t balanced_loss_scratch_bytes(int64_t numel) {
-  return kTicketBytes + static_cast<int64_t>(sizeof(double)) * blocks_for(numel);
+int64_t balanced_loss_scratch_bytes(int64_t numel, int device) {
+  return kTicketBytes + static_cast<int64_t>(sizeof(double)) * blocks_for(numel, device);
 }
 
 int cuda_balanced_loss(const LossArgs& args, Launch launch) {
@@ -163,7 +186,7 @@ int cuda_balanced_loss(const LossArgs& args, Launch launch) {
   BVAE_CUDA_TRY(cudaMemsetAsync(args.scratch, 0, kTicketBytes, stream));
   return with_types(args.recon_type, args.target_type, [&]<class R, class T>() {
     const int64_t vectors = vectors_of<R, T>(args.recon, args.target, nullptr, args.numel);
-    const int blocks = blocks_for(args.numel);
+    const unsigned int blocks = blocks_for(args.numel, launch.device);
     if (args.logits) {
       loss_kernel<R, T, true><<<blocks, kThreads, 0, stream>>>(args, vectors);
     } else {
@@ -178,7 +201,7 @@ int cuda_balanced_loss_backward(const LossGradArgs& args, Launch launch) {
   const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
   return with_types(args.recon_type, args.target_type, [&]<class R, class T>() {
     const int64_t vectors = vectors_of<R, T>(args.recon, args.target, args.grad_recon, args.numel);
-    const int blocks = blocks_for(args.numel);
+    const unsigned int blocks = blocks_for(args.numel, launch.device);
     if (args.logits) {
       loss_grad_kernel<R, T, true><<<blocks, kThreads, 0, stream>>>(args, vectors);
     } else {

@@ -12,10 +12,34 @@ namespace bvae {
 
 constexpr int kThreads = 256;
 
-// Elements a thread takes at once: 16 bytes of a 2-byte type, twice that of float, and few enough doubles to keep their
-// slower exp within the registers.
+// Elements a thread takes at once: 16 bytes, so that a warp's accesses lie one behind the other.
 template <class T>
-constexpr int kVector = sizeof(T) == 8 ? 2 : 8;
+constexpr int kVector = 16 / sizeof(T);
+
+// Vectors whose loads a thread starts before it uses the first: what keeps the memory busy. Of doubles one, for their
+// slower exp needs the registers.
+template <class T>
+constexpr int kAhead = sizeof(T) == 8 ? 1 : sizeof(T);
+
+// Blocks of kThreads that are resident on a multiprocessor at once; a kernel of 8-byte arithmetic has fewer.
+constexpr int kResident = 4;
+template <class T, int resident = kResident>
+constexpr int kBounds = sizeof(T) == 8 ? 2 : resident;
+
+inline int multiprocessors(int device) {
+  int count = 0;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess && count > 0) return count;
+  cudaGetLastError();  // the launch itself will report what is wrong with the device
+  return 1;
+}
+
+// Enough blocks for `items` threads, and no more than the device holds at once: with a second wave, the last blocks
+// would leave most of it idle.
+inline unsigned int one_wave(int64_t items, int device, int resident = kResident) {
+  const int64_t wanted = (items + kThreads - 1) / kThreads;
+  const int64_t most = static_cast<int64_t>(multiprocessors(device)) * resident;
+  return static_cast<unsigned int>(wanted < 1 ? 1 : (wanted < most ? wanted : most));
+}
 
 template <class T>
 struct Element;
@@ -51,26 +75,103 @@ struct Arithmetic<double> {
   using type = double;
 };
 
-// A target element in the arithmetic type A; uint8 is scaled to [0, 1].
+// v in the low mantissa bits of 2^23: a conversion instruction would share a slow pipe with the sigmoid's.
+__device__ __forceinline__ float float_above_2_23(uint8_t v) { return float_of(0x4b000000u | v); }
+
+// v / 255, correctly rounded.
+template <class A>
+__device__ __forceinline__ A unit_value(uint8_t v) {
+  if constexpr (sizeof(A) == 8) {
+    return static_cast<double>(v) / 255.0;
+  } else {
+    return unit_from_u8(float_above_2_23(v) - 8388608.0f);
+  }
+}
+
+// A target element in the arithmetic type A. For float, uint8 is v * (1/255) rounded once, which is within an ulp of v /
+// 255 and one instruction: the product with 2^23 is exact.
 template <class A, class T>
 __device__ __forceinline__ A target_value(T v) {
-  return static_cast<A>(Element<T>::get(v));
+  if constexpr (sizeof(T) > 1) {
+    return static_cast<A>(Element<T>::get(v));
+  } else if constexpr (sizeof(A) == 8) {
+    return unit_value<A>(v);
+  } else {
+    const float r = 1.0f / 255.0f;
+    return fused(float_above_2_23(v), r, -8388608.0f * r);
+  }
 }
+
+// A type of so many bytes that moves by one instruction.
+template <size_t n>
+struct Bytes;
 template <>
-__device__ __forceinline__ float target_value<float, uint8_t>(uint8_t v) {
-  // v in the low mantissa bits of 2^23. A conversion instruction would share a slow pipe with the sigmoid's.
-  return unit_from_u8(float_of(0x4b000000u | v) - 8388608.0f);
-}
+struct Bytes<1> {
+  using type = uint8_t;
+};
 template <>
-__device__ __forceinline__ double target_value<double, uint8_t>(uint8_t v) {
-  return static_cast<double>(v) / 255.0;
-}
+struct Bytes<2> {
+  using type = uint16_t;
+};
+template <>
+struct Bytes<4> {
+  using type = uint32_t;
+};
+template <>
+struct Bytes<8> {
+  using type = uint2;
+};
+template <>
+struct Bytes<16> {
+  using type = uint4;
+};
 
 // n neighbouring elements, moved in pieces of up to 16 bytes.
 template <class T, int n>
 struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) : 16) Pack {
   T v[n];
 };
+
+template <class Piece>
+__device__ __forceinline__ void store_piece(Piece* p, const Piece& v) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(Piece) == 16) {
+    asm volatile("st.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+    return;
+  } else if constexpr (sizeof(Piece) == 8) {
+    asm volatile("st.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
+    return;
+  }
+#endif
+  *p = v;
+}
+
+// The i-th of the packs from p on, by accesses of its whole width: left to itself, nvcc may store a vector's elements one
+// by one.
+template <class T, int n>
+__device__ __forceinline__ Pack<T, n> load_pack(const T* p, int64_t i = 0) {
+  using P = Pack<T, n>;
+  using Piece = typename Bytes<alignof(P)>::type;
+  P pack;
+#pragma unroll
+  for (size_t j = 0; j < sizeof(P) / sizeof(Piece); ++j) {
+    const Piece piece = reinterpret_cast<const Piece*>(reinterpret_cast<const P*>(p) + i)[j];
+    memcpy(reinterpret_cast<char*>(&pack) + j * sizeof(Piece), &piece, sizeof(Piece));
+  }
+  return pack;
+}
+
+template <class T, int n>
+__device__ __forceinline__ void store_pack(T* p, const Pack<T, n>& pack, int64_t i = 0) {
+  using P = Pack<T, n>;
+  using Piece = typename Bytes<alignof(P)>::type;
+#pragma unroll
+  for (size_t j = 0; j < sizeof(P) / sizeof(Piece); ++j) {
+    Piece piece;
+    memcpy(&piece, reinterpret_cast<const char*>(&pack) + j * sizeof(Piece), sizeof(Piece));
+    store_piece(&reinterpret_cast<Piece*>(reinterpret_cast<P*>(p) + i)[j], piece);
+  }
+}
 
 template <class T, int n>
 bool aligned(const void* p) {

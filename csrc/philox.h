@@ -42,7 +42,7 @@ BVAE_HD Words philox_quad(RngState rng, int64_t sample, int64_t quad) {
 // Two words to two independent standard normals. The first gives the radius, u in (0, 1]; the second the angle.
 BVAE_HD void box_muller(uint32_t a, uint32_t b, float* first, float* second) {
   const float u = fused(static_cast<float>(a), 2.3283064365386963e-10f, 1.1641532182693481e-10f);
-  const float radius = sqrtf(-2.0f * log_unit(u));
+  const float radius = square_root(-2.0f * log_unit(u));
   float s, c;
   sincos_word(b, &s, &c);
   *first = radius * c;

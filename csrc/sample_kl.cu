@@ -6,37 +6,46 @@
 namespace bvae {
 namespace {
 
-constexpr int kQuadsX = 16;                      // quads of latents across a block
-constexpr int kRowsY = kThreads / kQuadsX;       // rows at a time
-constexpr int64_t kMaxPartials = 16384;          // latents x chunks: what the last block has to add up, times 4
-constexpr int64_t kMaxChunks = 1024;             // of the rows; far below the limit of 65535 on gridDim.y
+constexpr int kQuadsX = 16;                 // quads of latents across a block
+constexpr int kLatentsX = 4 * kQuadsX;      // latents across a block: kThreads / 4, see the sums
+constexpr int kRowsY = kThreads / kQuadsX;  // rows at a time
+constexpr int kSampleResident = 3;          // the sums, in double, take many registers
+constexpr int64_t kGroup = 32;              // chunks whose sums are added up together
+constexpr int64_t kMaxChunks = 65535;       // the limit on gridDim.y
+static_assert(kLatentsX * 4 == kThreads && kQuadsX * 2 == 32);
 
 struct Grid {
-  int64_t quads, columns, chunks;
+  int64_t quads, columns, chunks, groups;
 };
 
-// Depends on the shape alone, so that sums do too.
-Grid grid_for(int64_t batch, int64_t k) {
+// Depends on the shape and the device alone, so that sums do too.
+Grid grid_for(int64_t batch, int64_t k, int device, int resident = kSampleResident) {
   Grid g;
   g.quads = (k + 3) / 4;
-  g.columns = (g.quads + kQuadsX - 1) / kQuadsX;
+  g.columns = (k + kLatentsX - 1) / kLatentsX;
   if (g.columns < 1) g.columns = 1;
+  const int64_t wave = static_cast<int64_t>(multiprocessors(device)) * resident / g.columns;
   g.chunks = (batch + kRowsY - 1) / kRowsY;
-  const int64_t few = kMaxPartials / (k > 1 ? k : 1);
-  if (g.chunks > few) g.chunks = few;
+  if (g.chunks > wave) g.chunks = wave;
   if (g.chunks > kMaxChunks) g.chunks = kMaxChunks;
   if (g.chunks < 1) g.chunks = 1;
+  g.groups = (g.chunks + kGroup - 1) / kGroup;
   return g;
 }
 
+// The scratch memory: tickets of every group and column and one more; sums of chunks [chunks, 4, k] and of groups
+// [groups, 4, k]; KL of every column.
+__host__ __device__ int64_t tickets(const Grid& g) { return g.columns * g.groups + g.columns + 1; }
+__host__ __device__ int64_t ticket_bytes(const Grid& g) { return (tickets(g) * static_cast<int64_t>(sizeof(unsigned int)) + 15) / 16 * 16; }
+
 dim3 dims(const Grid& g) { return dim3(static_cast<unsigned int>(g.columns), static_cast<unsigned int>(g.chunks)); }
 
-// The elements a thread reads or writes: latents [first, first + n) of a row, as one vector where that is aligned.
-template <class T>
-__device__ __forceinline__ void load_quad(const T* row, int64_t first, int n, bool vector,
+// The elements a thread reads or writes: latents [first, first + n) of a row, where they are aligned as one vector.
+template <bool vector, class T>
+__device__ __forceinline__ void load_quad(const T* row, int64_t first, int n,
                                           typename Arithmetic<T>::type (&out)[4]) {
-  if (vector) {
-    const Pack<T, 4> p = *reinterpret_cast<const Pack<T, 4>*>(row + first);
+  if constexpr (vector) {
+    const Pack<T, 4> p = load_pack<T, 4>(row + first);
 #pragma unroll
     for (int j = 0; j < 4; ++j) out[j] = Element<T>::get(p.v[j]);
   } else {
@@ -47,14 +56,14 @@ __device__ __forceinline__ void load_quad(const T* row, int64_t first, int n, bo
   }
 }
 
-template <class T>
-__device__ __forceinline__ void store_quad(T* row, int64_t first, int n, bool vector,
+template <bool vector, class T>
+__device__ __forceinline__ void store_quad(T* row, int64_t first, int n,
                                            const typename Arithmetic<T>::type (&values)[4]) {
-  if (vector) {
+  if constexpr (vector) {
     Pack<T, 4> p;
 #pragma unroll
     for (int j = 0; j < 4; ++j) p.v[j] = Element<T>::put(values[j]);
-    *reinterpret_cast<Pack<T, 4>*>(row + first) = p;
+    store_pack<T, 4>(row + first, p);
   } else {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -63,15 +72,23 @@ __device__ __forceinline__ void store_quad(T* row, int64_t first, int n, bool ve
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads) sample_kernel(SampleArgs args, int64_t quads, bool vector) {
+// The sum of `count` values that other blocks wrote, `stride` apart, in order.
+__device__ __forceinline__ double add_lines(const double* values, int64_t count, int64_t stride) {
+  double sum = 0.0;
+#pragma unroll 8
+  for (int64_t i = 0; i < count; ++i) sum += __ldcg(&values[i * stride]);
+  return sum;
+}
+
+template <class T, bool vector>
+__global__ void __launch_bounds__(kThreads, kBounds<T, kSampleResident>) sample_kernel(SampleArgs args, Grid grid) {
   using A = typename Arithmetic<T>::type;
   const int64_t k = args.k;
   const int x = threadIdx.x % kQuadsX, y = threadIdx.x / kQuadsX;
   const int64_t quad = static_cast<int64_t>(blockIdx.x) * kQuadsX + x;
   const int64_t first = 4 * quad;
-  const int n = quad < quads ? (k - first < 4 ? static_cast<int>(k - first) : 4) : 0;
-  // Every block reads the generator before it draws its ticket, so the last block may advance it.
+  const int n = quad < grid.quads ? (k - first < 4 ? static_cast<int>(k - first) : 4) : 0;
+  // Every block reads the generator before it draws its tickets, so the last block may advance it.
   const RngState rng{args.rng[0], args.rng[1]};
 
   double sums[4][4] = {};  // mu, mu^2, sigma^2, kl of each latent
@@ -79,8 +96,8 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(SampleArgs args, int64
     const int64_t step = static_cast<int64_t>(gridDim.y) * kRowsY;
     for (int64_t row = static_cast<int64_t>(blockIdx.y) * kRowsY + y; row < args.batch; row += step) {
       A mu[4] = {}, log_sigma[4] = {}, z[4] = {};
-      load_quad(static_cast<const T*>(args.mu.data) + row * args.mu.stride, first, n, vector, mu);
-      load_quad(static_cast<const T*>(args.log_sigma.data) + row * args.log_sigma.stride, first, n, vector, log_sigma);
+      load_quad<vector>(static_cast<const T*>(args.mu.data) + row * args.mu.stride, first, n, mu);
+      load_quad<vector>(static_cast<const T*>(args.log_sigma.data) + row * args.log_sigma.stride, first, n, log_sigma);
       const Normals eps = normals(philox_quad(rng, args.first_sample + row, quad));
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -92,37 +109,60 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(SampleArgs args, int64
         sums[2][j] += static_cast<double>(latent.sigma2);
         sums[3][j] += static_cast<double>(latent.kl);
       }
-      store_quad(static_cast<T*>(args.z) + row * k, first, n, vector, z);
+      store_quad<vector>(static_cast<T*>(args.z) + row * k, first, n, z);
     }
   }
 
-  // Over the block's rows, one statistic at a time, then to the chunk's line of the partial sums [chunks, 4, k].
-  __shared__ double shared[kRowsY][kQuadsX * 4 + 1];
-  double* partials = scratch_partials(args.scratch);
+  // Over the rows of a warp, which has two, then over the block's: from here on, a thread has one statistic of one
+  // latent.
+  __shared__ double shared[kThreads / 32][kThreads];
+#pragma unroll
   for (int s = 0; s < 4; ++s) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) shared[y][4 * x + j] = sums[s][j];
-    __syncthreads();
-    const int64_t latent = static_cast<int64_t>(blockIdx.x) * (kQuadsX * 4) + threadIdx.x;
-    if (threadIdx.x < kQuadsX * 4 && latent < k) {
-      double sum = 0.0;
-      for (int r = 0; r < kRowsY; ++r) sum += shared[r][threadIdx.x];
-      partials[(static_cast<int64_t>(blockIdx.y) * 4 + s) * k + latent] = sum;
+    for (int j = 0; j < 4; ++j) {
+      const double both = sums[s][j] + __shfl_down_sync(0xffffffffu, sums[s][j], kQuadsX);
+      if (y % 2 == 0) shared[y / 2][s * kLatentsX + 4 * x + j] = both;
     }
-    __syncthreads();
   }
-  if (!is_last_block(scratch_ticket(args.scratch), gridDim.x * gridDim.y)) return;
+  __syncthreads();
+  const int statistic = threadIdx.x / kLatentsX;
+  const int64_t latent = static_cast<int64_t>(blockIdx.x) * kLatentsX + threadIdx.x % kLatentsX;
+  const int64_t at = statistic * k + latent, line = 4 * k;
+  const bool mine = latent < k;
+  double sum = 0.0;
+#pragma unroll
+  for (int w = 0; w < kThreads / 32; ++w) sum += shared[w][threadIdx.x];
 
-  constexpr bool is_double = sizeof(A) == 8;
-  A* moments = static_cast<A*>(args.moments);
-  double total = 0.0;
-  for (int64_t i = threadIdx.x; i < 4 * k; i += kThreads) {
-    double sum = 0.0;
-    for (int64_t c = 0; c < gridDim.y; ++c) sum += __ldcg(&partials[c * 4 * k + i]);
-    moments[i] = static_cast<A>(sum);
-    if (i >= 3 * k) total += sum;
+  // Over the chunks of a group, the groups, the columns; the last block of each goes on.
+  unsigned int* ticket = scratch_ticket(args.scratch);
+  double* chunk_sums = reinterpret_cast<double*>(static_cast<char*>(args.scratch) + ticket_bytes(grid));
+  double* group_sums = chunk_sums + grid.chunks * line;
+  double* column_kl = group_sums + grid.groups * line;
+  if (grid.chunks > 1) {
+    const int64_t group = blockIdx.y / kGroup;
+    const int64_t left = grid.chunks - group * kGroup;
+    const int64_t lines = left < kGroup ? left : kGroup;
+    if (mine) chunk_sums[blockIdx.y * line + at] = sum;
+    if (!is_last_block(&ticket[blockIdx.x * grid.groups + group], static_cast<unsigned int>(lines))) return;
+    if (mine) sum = add_lines(chunk_sums + group * kGroup * line + at, lines, line);
+    if (grid.groups > 1) {
+      if (mine) group_sums[group * line + at] = sum;
+      ticket += grid.columns * grid.groups;
+      if (!is_last_block(&ticket[blockIdx.x], static_cast<unsigned int>(grid.groups))) return;
+      if (mine) sum = add_lines(group_sums + at, grid.groups, line);
+    }
   }
-  const double kl = block_sum(total);
+  constexpr bool is_double = sizeof(A) == 8;
+  if (mine) static_cast<A*>(args.moments)[at] = static_cast<A>(sum);
+  double kl = block_sum(mine && statistic == 3 ? sum : 0.0);
+  if (grid.columns > 1) {
+    if (threadIdx.x == 0) column_kl[blockIdx.x] = kl;
+    ticket = scratch_ticket(args.scratch) + grid.columns * (grid.groups + 1);
+    if (!is_last_block(ticket, static_cast<unsigned int>(grid.columns))) return;
+    double part = 0.0;
+    for (int64_t c = threadIdx.x; c < grid.columns; c += kThreads) part += __ldcg(&column_kl[c]);
+    kl = block_sum(part);  // is_last_block has synchronised since the first use of its shared memory
+  }
   if (threadIdx.x != 0) return;
   store_scalar(args.kl, is_double, kl);
   args.state[0] = rng.seed;
@@ -130,8 +170,8 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(SampleArgs args, int64
   if (args.advance) args.rng[1] = rng.offset + 1;
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, 2) sample_grad_kernel(SampleGradArgs args, int64_t quads, bool vector) {
+template <class T, bool vector>
+__global__ void __launch_bounds__(kThreads, kBounds<T>) sample_grad_kernel(SampleGradArgs args, int64_t quads) {
   using A = typename Arithmetic<T>::type;
   const int x = threadIdx.x % kQuadsX, y = threadIdx.x / kQuadsX;
   const int64_t quad = static_cast<int64_t>(blockIdx.x) * kQuadsX + x;
@@ -144,16 +184,16 @@ __global__ void __launch_bounds__(kThreads, 2) sample_grad_kernel(SampleGradArgs
   const int64_t step = static_cast<int64_t>(gridDim.y) * kRowsY;
   for (int64_t row = static_cast<int64_t>(blockIdx.y) * kRowsY + y; row < args.batch; row += step) {
     A mu[4] = {}, log_sigma[4] = {}, g_z[4] = {}, g_mu[4], g_log_sigma[4];
-    load_quad(static_cast<const T*>(args.mu.data) + row * args.mu.stride, first, n, vector, mu);
-    load_quad(static_cast<const T*>(args.log_sigma.data) + row * args.log_sigma.stride, first, n, vector, log_sigma);
-    if (args.grad_z != nullptr) load_quad(static_cast<const T*>(args.grad_z) + row * k, first, n, vector, g_z);
+    load_quad<vector>(static_cast<const T*>(args.mu.data) + row * args.mu.stride, first, n, mu);
+    load_quad<vector>(static_cast<const T*>(args.log_sigma.data) + row * args.log_sigma.stride, first, n, log_sigma);
+    if (args.grad_z != nullptr) load_quad<vector>(static_cast<const T*>(args.grad_z) + row * k, first, n, g_z);
     const Normals eps = normals(philox_quad(rng, args.first_sample + row, quad));
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       latent_gradient<A>(mu[j], log_sigma[j], static_cast<A>(eps.n[j]), g_z[j], g_kl, &g_mu[j], &g_log_sigma[j]);
     }
-    store_quad(static_cast<T*>(args.grad_mu) + row * k, first, n, vector, g_mu);
-    store_quad(static_cast<T*>(args.grad_log_sigma) + row * k, first, n, vector, g_log_sigma);
+    store_quad<vector>(static_cast<T*>(args.grad_mu) + row * k, first, n, g_mu);
+    store_quad<vector>(static_cast<T*>(args.grad_log_sigma) + row * k, first, n, g_log_sigma);
   }
 }
 
@@ -204,18 +244,22 @@ int with_type(DType type, const F& f) {
 
 }  // namespace
 
-int64_t sample_kl_scratch_bytes(int64_t batch, int64_t k) {
-  return kTicketBytes + static_cast<int64_t>(sizeof(double)) * grid_for(batch, k).chunks * 4 * k;
+int64_t sample_kl_scratch_bytes(int64_t batch, int64_t k, int device) {
+  const Grid g = grid_for(batch, k, device);
+  return ticket_bytes(g) + static_cast<int64_t>(sizeof(double)) * ((g.chunks + g.groups) * 4 * k + g.columns);
 }
 
 int cuda_sample_kl(const SampleArgs& args, Launch launch) {
   BVAE_CUDA_TRY(cudaSetDevice(launch.device));
   const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
-  BVAE_CUDA_TRY(cudaMemsetAsync(args.scratch, 0, kTicketBytes, stream));
-  const Grid g = grid_for(args.batch, args.k);
+  const Grid g = grid_for(args.batch, args.k, launch.device);
+  BVAE_CUDA_TRY(cudaMemsetAsync(args.scratch, 0, static_cast<size_t>(ticket_bytes(g)), stream));
   return with_type(args.type, [&]<class T>() {
-    const bool vector = quads_aligned<T>(args.mu, args.log_sigma, args.z, nullptr, nullptr, args.k);
-    sample_kernel<T><<<dims(g), kThreads, 0, stream>>>(args, g.quads, vector);
+    if (quads_aligned<T>(args.mu, args.log_sigma, args.z, nullptr, nullptr, args.k)) {
+      sample_kernel<T, true><<<dims(g), kThreads, 0, stream>>>(args, g);
+    } else {
+      sample_kernel<T, false><<<dims(g), kThreads, 0, stream>>>(args, g);
+    }
     return static_cast<int>(cudaGetLastError());
   });
 }
@@ -224,14 +268,13 @@ int cuda_sample_kl_backward(const SampleGradArgs& args, Launch launch) {
   if (args.batch == 0 || args.k == 0) return 0;
   BVAE_CUDA_TRY(cudaSetDevice(launch.device));
   const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
-  // Nothing is summed here, so the rows may be cut finer than in the forward pass.
-  Grid g = grid_for(args.batch, args.k);
-  const int64_t chunks = (args.batch + kRowsY - 1) / kRowsY;
-  g.chunks = chunks < kMaxChunks ? chunks : kMaxChunks;
+  const Grid g = grid_for(args.batch, args.k, launch.device, kResident);
   return with_type(args.type, [&]<class T>() {
-    const bool vector =
-        quads_aligned<T>(args.mu, args.log_sigma, args.grad_z, args.grad_mu, args.grad_log_sigma, args.k);
-    sample_grad_kernel<T><<<dims(g), kThreads, 0, stream>>>(args, g.quads, vector);
+    if (quads_aligned<T>(args.mu, args.log_sigma, args.grad_z, args.grad_mu, args.grad_log_sigma, args.k)) {
+      sample_grad_kernel<T, true><<<dims(g), kThreads, 0, stream>>>(args, g.quads);
+    } else {
+      sample_grad_kernel<T, false><<<dims(g), kThreads, 0, stream>>>(args, g.quads);
+    }
     return static_cast<int>(cudaGetLastError());
   });
 }
