@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from bvae.checkpoint import LAST, load_checkpoint
@@ -182,3 +183,15 @@ def test_what_all_ranks_refuse_is_said_once(tmp_path: Path) -> None:
         assert job.wait() == 1, "torchrun's own exit code"
     assert len(job.said()) == 1 and "--batch 51 is that of a whole step" in job.said()[0], job.err.read_text()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_train_as_one(tmp_path: Path) -> None:
+    """With steps replayed from graphs, NCCL's exchange among them."""
+    argv = [*RUN, "--device", "cuda", "--log-every", "3"]
+    assert main([*argv, "--out", str(tmp_path / "alone")]) == 0
+    with torchrun(tmp_path, *argv, "--out", str(tmp_path / "run")) as job:
+        assert job.wait() == 0, job.err.read_text()
+    assert "not as a CUDA graph" not in job.out.read_text()
+    same_course(tmp_path / "run", tmp_path / "alone")

@@ -16,6 +16,7 @@ from bvae.balance import make_loss
 from bvae.batches import ImageBatches, LatentBatches
 from bvae.config import Config
 from bvae.errors import UserError
+from bvae.graph import make_runner
 from bvae.models.norm import BatchNorm2d, batch_norms
 from bvae.models.vae import first_stage, second_stage
 from bvae.scores import encode_images, score_images, score_latents
@@ -276,3 +277,38 @@ def test_a_hanging_rank_is_given_up(monkeypatch):
     world.device = torch.device("cuda", 1)
     with pytest.raises(Lost, match="rank 1 waits"):
         world.settle()
+
+
+class Itself(World):
+    """A world of which NCCL's only rank is a part: the mean over the ranks is what each has."""
+
+    def mean_(self, t):
+        dist.all_reduce(t)
+        return t
+
+
+@pytest.mark.gpu
+def test_the_exchange_is_recorded_in_a_graph(tmp_path):
+    """One GPU is enough to see that NCCL's all-reduce and what surrounds it can be replayed."""
+    device = torch.device("cuda", 0)
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=device)
+    try:
+        ends = []
+        for recorded in (False, True):
+            world = Itself(0, 2)
+            world.device = device
+            loss = make_loss("computed", accumulate=True).to(device)
+            step = Step(model().to(device), loss, ops.make_rng(7, device), 3, False, 0.0, [], world=world)
+            step.set_lr(1e-3)
+            batches = ImageBatches(images(50).to(device), BATCH, 0, torch.float32)
+            batches.begin(0)
+            runner = make_runner(batches, step, recorded)
+            assert (runner.why_eager is None) == recorded, runner.why_eager
+            done = 0
+            while done < batches.steps:
+                done += runner.run(batches.steps - done)
+            ends.append({"gamma2": loss.gamma2, **step.tensors(), **step.model.state_dict()})
+        close(*ends, rtol=1e-3, atol=1e-4)
+    finally:
+        dist.destroy_process_group()
