@@ -86,18 +86,29 @@ def scores(posterior, count, world=ALONE):
 def rank_main(rank, folder, port):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with World.join() as world:
-        world.connect("cpu")
-        part = world.share(BATCH)
-        results = {f"{norm} {b}": trained(world, part, b, norm) for norm in ("eval", "synchronised") for b in BALANCES}
-        results["per rank"] = trained(world, part, steps=1)
-        results["poisoned"] = trained(world, part, poison=2 if rank == 1 else None)
-        for count in (1, 21):
-            posterior = encode_images(model(), images(count), world)
-            results[f"posterior {count}"] = {"mu": posterior.mu, "log_sigma": posterior.log_sigma}
-            results[f"scores {count}"] = scores(posterior, count, world)
-        results["pieces"] = pieces(world)
-        torch.save(results, f"{folder}/rank{rank}.pt")
+    try:
+        with World.join() as world:
+            world.connect("cpu")
+            results = computed(world)
+            world.wait()
+            raise UserError("what no rank can do")
+    except (UserError, SystemExit) as error:
+        results["ended"] = repr(error)
+    torch.save(results, f"{folder}/rank{rank}.pt")
+    while rank == 0 and not os.path.exists(f"{folder}/rank1.pt"):  # rank 0 keeps the store here, not torchrun
+        time.sleep(0.01)
+
+
+def computed(world):
+    part = world.share(BATCH)
+    results = {f"{norm} {b}": trained(world, part, b, norm) for norm in ("eval", "synchronised") for b in BALANCES}
+    results["per rank"] = trained(world, part, steps=1)
+    results["poisoned"] = trained(world, part, poison=2 if world.rank == 1 else None)
+    for count in (1, 21):
+        posterior = encode_images(model(), images(count), world)
+        results[f"posterior {count}"] = posterior._asdict()
+        results[f"scores {count}"] = scores(posterior, count, world)
+    return results | {"pieces": pieces(world)}
 
 
 def pieces(world):
@@ -228,6 +239,10 @@ def test_pieces(ranks):
         assert r["largest"] == [3, 0]
         assert r["said"] == ["a of 0", "b of 0"]
     assert [r["pieces"]["share"] for r in ranks] == [slice(0, 3), slice(3, 7)]
+
+
+def test_one_rank_says_what_all_refuse(ranks):
+    assert sorted(r["ended"] for r in ranks) == ["SystemExit(2)", "UserError('what no rank can do')"]
 
 
 def test_alone_there_is_no_group_and_nothing_changes(monkeypatch):
