@@ -30,30 +30,20 @@ import sys
 import tempfile
 import time
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from bvae.data.archive import CHUNK_IMAGES, FileItem
 from bvae.data.decoders import Decoder, open_decoder
 from bvae.data.decoders.dali import dali_installed
 from bvae.data.recipe import FILTERS, Recipe
 
 CROP, SIZE = 128, 64
-CHUNK = 64
 CELEBA, CORES = 202_599, 16  # the whole set, and the machine it should take a minute on
 RECIPE = Recipe(size=SIZE, channels=3, crop=CROP)
-
-
-@dataclass
-class FileItem:
-    name: str
-
-    def read(self) -> bytes:
-        with open(self.name, "rb") as file:
-            return file.read()
 
 
 def main() -> None:
@@ -130,9 +120,7 @@ def throughput(servers: "dict[str, Server]", args: argparse.Namespace, count: in
             if i:  # the first round warms up
                 seconds[label].append(answer["seconds"])
                 cpu[label].append(answer["cpu"])
-    print(
-        "\nimages/s, median (lowest - highest); times the reference; CPU microseconds an image; seconds for CelebA's"
-    )
+    print("\nimages/s, median (lowest - highest); times the reference; CPU microseconds an image; seconds for CelebA's")
     print(f"{CELEBA:,} here, with {workers} workers, and on {CORES} cores if the rate grows with them")
     result = {}
     for label, times in seconds.items():
@@ -180,13 +168,11 @@ class Server:
     """This file in another interpreter: one line of JSON asks, one line answers."""
 
     def __init__(self, python: str, folder: Path, workers: int | None) -> None:
-        command = [python, str(Path(__file__).resolve()), str(folder), "--serve"]
-        root = str(Path(__file__).resolve().parent.parent)
-        code = f"import sys; sys.path.insert(0, {root!r}); sys.argv = {command[1:]!r}; "
-        code += f"sys.path.insert(0, {str(Path(__file__).resolve().parent)!r}); import bench_prep; bench_prep.main()"
-        if workers:
-            code = code.replace("'--serve'", f"'--serve', '--workers', '{workers}'")
-        self.process = subprocess.Popen([python, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command = [python, __file__, str(folder), "--serve", *(["--workers", str(workers)] if workers else [])]
+        root = str(Path(__file__).resolve().parent.parent)  # bvae itself need not be installed there
+        self.process = subprocess.Popen(
+            command, env=os.environ | {"PYTHONPATH": root}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def ask(self, *question: Any) -> Any:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -251,10 +237,10 @@ def cpu_seconds() -> float:
 
 
 def decode(decoder: Decoder, files: list[str]) -> np.ndarray:
-    items = [FileItem(file) for file in files]
+    items = [FileItem(Path(file).name, str(Path(file).parent)) for file in files]
     images = np.empty((len(files), SIZE, SIZE, 3), np.uint8)
     row = 0
-    for decoded in decoder.run(items[i : i + CHUNK] for i in range(0, len(items), CHUNK)):
+    for decoded in decoder.run(items[i : i + CHUNK_IMAGES] for i in range(0, len(items), CHUNK_IMAGES)):
         images[row : row + len(decoded.pixels)] = decoded.pixels
         row += len(decoded.pixels)
     return images[:row]

@@ -18,11 +18,14 @@ import numpy as np
 from bvae.data import idx, images
 from bvae.data.archive import Source, open_source
 from bvae.data.decoders import Backend, Decoder, open_decoder
+from bvae.data.preview import write_preview
 from bvae.data.recipe import FILTERS, Crop, Recipe
 from bvae.data.refusal import refusal
 from bvae.data.splits import OUTSIDE, SPLITS, Fractions, Plan, make_plan, parse_fractions
 from bvae.data.store import REJECTS, StoreWriter
 from bvae.errors import run_command
+
+PREVIEWED = 64  # images of a source that --preview looks at, until it has enough that can be used
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,8 @@ def main(
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", help="a folder, .zip, .tar, compressed tar, pattern of shards, or MNIST's files")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the store, a folder")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the store, a folder")
+    parser.add_argument("--preview", type=Path, metavar="PNG", help="draw the first images under each filter")
     parser.add_argument(
         "--size",
         type=int,
@@ -188,15 +192,26 @@ def main(
     parser.add_argument("--strict", action="store_true", help="end with the first image that cannot be used")
     parser.add_argument("--overwrite", action="store_true", help="replace a store, once the new one is complete")
     args = parser.parse_args(argv)
+    if args.out is None and args.preview is None:
+        parser.error("--out or --preview is required")
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     channels = args.channels or (1 if idx.find(Path(args.source)) else 3)
+    recipe = Recipe(
+        size=args.size, channels=channels, crop=args.crop, filter=args.filter, antialias=not args.no_antialias
+    )
+    if args.preview is not None:
+        chunks = open_source(args.source).chunks(lambda number: number < PREVIEWED)
+        count = write_preview((item for _, items in chunks for item in items), recipe, args.preview)
+        print(f"{args.preview}: {_count(count, 'image')} under each filter")
+    if args.out is None:
+        return
     result = prepare(
         args.source,
         args.out,
-        Recipe(size=args.size, channels=channels, crop=args.crop, filter=args.filter, antialias=not args.no_antialias),
+        recipe,
         backend=args.backend,
         workers=args.workers,
         device=args.device,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps, features
 
 import bvae
-from bvae.data.decoders import jpeg, open_decoder
+from bvae.data.decoders import jpeg, open_decoder, rows
 from bvae.data.decoders.pillow import PillowDecoder, decode_image, decode_items, pillow_name_and_versions
 from bvae.data.decoders.resize import resize
 from bvae.data.recipe import FILTERS, Recipe, Rejected
@@ -410,3 +410,12 @@ def test_text_chunks_that_swell_are_rejected_or_ignored():
     )
     decoded = decode_items([Held("a", swelling)], RECIPE)
     assert len(decoded.kept) + len(decoded.rejected) == 1
+
+
+def test_rows_are_better_not_aligned_and_few_are_kept(monkeypatch):
+    monkeypatch.setattr(rows, "_kept", {})
+    for width in (178, 178, 100, 5000, *range(1, 100)):
+        rows.discourage_aligned_rows(width)
+    assert {178, 100} < set(rows._kept) and 5000 not in rows._kept and len(rows._kept) == rows.MAX_WIDTHS
+    assert all(id(block) % 32 == 0 and len(blocks) < rows.BLOCKS for blocks in rows._kept.values() for block in blocks)
+    assert sum(len(block) for blocks in rows._kept.values() for block in blocks) < 2**22
