@@ -142,6 +142,8 @@ class Config:
     """Weights of the network, or `download`; by default $BVAE_INCEPTION or torch's hub cache."""
     allow_few: bool = _free(default=False)
     """Measure FIDs of fewer than 2,048 images too."""
+    logger: Literal["none", "wandb", "mlflow"] = _free(default="none")
+    """Also log to Weights & Biases or MLflow (extras bvae[wandb], bvae[mlflow]); TensorBoard is always written."""
 
     @property
     def smallest_side(self) -> int:

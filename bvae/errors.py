@@ -9,6 +9,14 @@ class UserError(Exception):
     """An error the user can mend. Its text is one clear line; command lines print it to stderr and exit with 2."""
 
 
+class Interrupted(Exception):
+    """A signal asked the run to stop; its state has been saved."""
+
+    def __init__(self, signal: int, text: str) -> None:
+        super().__init__(text)
+        self.signal = signal
+
+
 def run_command(command: Callable[[], int | None]) -> NoReturn:
     """Runs a command line's main and exits: its result (None is 0), 2 with one line on a UserError, 130 on Ctrl-C."""
     try:

@@ -14,7 +14,7 @@ from bvae.errors import UserError, run_command
 from bvae.files import exists, write_atomically
 from bvae.machine import pick_device, versions
 from bvae.report_page import RunContent, render
-from bvae.report_views import compute_views
+from bvae.report_views import Views, compute_views
 from bvae.runlog import METRICS, read_metrics
 from bvae.trainer import RESULTS
 from bvae.two_stage import load, read_config, read_run
@@ -26,25 +26,28 @@ COMPARISON = "comparison.html"
 class DataCache:
     """The images of one configuration at a time: runs that are compared mostly share theirs."""
 
-    def __init__(self, data: Dataset | None = None, source: str | None = None) -> None:
-        """data: to be used for every run, whatever its configuration. source: --data, in place of a run's own path."""
-        self.data = data
-        self.given = data is not None
+    def __init__(self, source: str | None = None) -> None:
+        """source: --data, in place of a run's own path."""
         self.source = source
+        self.data: Dataset | None = None
         self.key: tuple[Any, ...] = ()
 
     def of(self, c: Config) -> Dataset:
         """Raises UserError where the images cannot be had."""
         key = (c.data, c.side, c.channels, c.jpeg_roundtrip, c.data_seed, c.shapes_train, c.shapes_test)
-        if not self.given and key != self.key:
+        if self.data is None or key != self.key:
             self.data = None  # not two sets at once
             self.data, self.key = load_data(c, self.source), key
-        assert self.data is not None
         return self.data
 
 
-def read_content(folder: Path, name: str, cache: DataCache, device: str = "auto") -> RunContent:
-    """What there is to show of a run, finished or not. Raises UserError where `folder` is no run at all."""
+def read_content(
+    folder: Path, name: str, cache: DataCache, device: str = "auto", views: Views | None = None
+) -> RunContent:
+    """What there is to show of a run, finished or not. Raises UserError where `folder` is no run at all.
+
+    views: of its model, where they have been made already; neither the model nor the images are read then.
+    """
     run = RunContent(name, read_run(folder), {}, [], "")
     # Whatever else cannot be read leaves a sentence: a report on half a run is worth having.
     try:
@@ -56,6 +59,9 @@ def read_content(folder: Path, name: str, cache: DataCache, device: str = "auto"
     except UserError as error:
         run.notes.append(f"The curves are missing: {error}.")
     run.state = _state(run, exists(folder / LAST))
+    if views is not None:
+        run.views, run.notes = views, run.notes + views.missing
+        return run
     try:
         config = read_config(folder)
         model = load(folder, device=pick_device(device))
@@ -119,17 +125,17 @@ def write_report(
     folders: Sequence[Path],
     out: Path | None = None,
     *,
-    data: Dataset | None = None,
     source: str | None = None,
     device: str = "auto",
+    views: Views | None = None,
 ) -> Path:
     """Writes the page on one run or several; returns where.
 
     Args:
         folders: of the runs, finished or not.
         out: the file; by default report.html in the run's folder, and comparison.html here for several runs.
-        data: the images, if they are loaded already.
-        source: where they are read from; by default from where each run's own configuration says.
+        source: where images are read from; by default from where each run's own configuration says.
+        views: of the only run, where they have been made already.
 
     Raises:
         UserError: for a folder that is no run, for a `source` that cannot be read, and where `out` cannot be written.
@@ -141,8 +147,8 @@ def write_report(
     names = [place.name for place in places]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
-    cache = DataCache(data, source)
-    runs = [read_content(folder, name, cache, device) for folder, name in zip(folders, names, strict=True)]
+    cache = DataCache(source)
+    runs = [read_content(folder, name, cache, device, views) for folder, name in zip(folders, names, strict=True)]
     if out is None:
         out = folders[0] / REPORT if len(folders) == 1 else Path(COMPARISON)
     write_atomically(out, render(runs, versions()["bvae"]).encode())

@@ -1,4 +1,4 @@
-"""What a training run writes down as it goes: ``metrics.jsonl``, TensorBoard events and the progress display.
+"""What a training run writes down as it goes: ``metrics.jsonl``, TensorBoard, a tracker, and the progress display.
 
 Only the process that owns the run folder gives a `RunLog` a folder; every other rank of a distributed run gives it
 None and may then make all the same calls, which do nothing.
@@ -11,7 +11,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -23,8 +23,9 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from bvae.errors import UserError
+from bvae.errors import Interrupted, UserError
 from bvae.files import encode_json, write_atomically, writing
+from bvae.trackers import Status, Tracker
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -174,6 +175,15 @@ def _numbers(values: Mapping[str, Any]) -> str:
     return "  ".join(f"{key} {values[key]:.5g}" for key in SHOWN if key in values)
 
 
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Every number in nested mappings, under its path."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(f"{name}/{key}", item)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield name, value
+
+
 class RunLog:
     """The log of one run. A context manager: leaving it restores the terminal and closes the files.
 
@@ -187,6 +197,8 @@ class RunLog:
     0. Later lines and a torn last one are removed from ``metrics.jsonl``, all or none, and the TensorBoard curves go
     on from there.
 
+    tracker: gets what TensorBoard gets. Where it fails, one line says so and the run goes on without it.
+
     quiet: show nothing. Otherwise the display is a live bar where `console` (standard output, if None) is a
     terminal, and a line an epoch elsewhere.
 
@@ -199,10 +211,12 @@ class RunLog:
         folder: Path | None,
         *,
         resume_after: Mapping[int, int] | None = None,
+        tracker: Tracker | None = None,
         quiet: bool = False,
         console: Console | None = None,
     ) -> None:
         self._folder = folder
+        self._tracker = tracker
         self._resume_after = resume_after
         self._console = None if quiet or folder is None else console or Console()
         self._events: dict[int, _EventFile] = {}
@@ -261,6 +275,7 @@ class RunLog:
         }
         events.values(mirrored, epoch)
         events.flush()
+        self._track(lambda tracker: tracker.values(mirrored, epoch))
         self._show_epoch(record)
 
     def _append(self, line: bytes) -> None:
@@ -290,6 +305,32 @@ class RunLog:
             events = self._events_of(self._stage)
             events.image(f"stage{self._stage}/{tag}", array, step)
             events.flush()
+            self._track(lambda tracker: tracker.image(f"stage{self._stage}/{tag}", array, step))
+
+    def final(self, results: Mapping[str, Any], step: int) -> None:
+        """The run's final figures, ``final/<key>/<key>`` in TensorBoard: every number in `results`, however deep.
+
+        step: the epoch. Raises ValueError before `start`.
+        """
+        if not self._stage:
+            raise ValueError("final() before start()")
+        if self._folder is not None:
+            values = dict(_leaves("final", results))
+            events = self._events_of(self._stage)
+            events.values(values, step)
+            events.flush()
+            self._track(lambda tracker: tracker.final(values))
+
+    def _track(self, call: Callable[[Tracker], None]) -> None:
+        if self._tracker is None:
+            return
+        tracker = self._tracker
+        try:
+            call(tracker)
+        except Exception as error:  # of a library or a network that is not ours: training matters more
+            self._tracker = None
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            self.note(f"warning: {tracker.name} has failed, and the run goes on without it: {reason}")
 
     def start(
         self,
@@ -354,9 +395,11 @@ class RunLog:
         if time.monotonic() - self._refreshed >= REFRESH_SECONDS:
             self._refresh()
 
-    def close(self) -> None:
-        """Restore the terminal and close the files. May be called again."""
+    def close(self, status: Status = "finished") -> None:
+        """Restore the terminal and close the files. May be called again. status: how the tracker's run has ended."""
         self._stop_bar()
+        self._track(lambda tracker: tracker.close(status))
+        self._tracker = None
         if self._folder is not None:
             self._metrics.close()
         while self._events:
@@ -368,7 +411,8 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        stopped = kind is not None and issubclass(kind, Interrupted | KeyboardInterrupt)
+        self.close("finished" if kind is None else "stopped" if stopped else "failed")
 
     def _current_epoch(self) -> int:
         return min(self._done // max(self._steps_per_epoch, 1) + 1, self._epochs)

@@ -23,6 +23,7 @@ from bvae.errors import UserError, run_command
 from bvae.files import encode_json, exists
 from bvae.machine import has_bf16, pick_device
 from bvae.models.vae import count_parameters, first_stage, second_stage
+from bvae.report import write_report
 from bvae.trainer import Interrupted, Trainer
 from bvae.two_stage import read_config
 from bvae.world import Lost, World
@@ -166,6 +167,7 @@ def train(argv: list[str], world: World) -> int:
     if world.first:
         print(summary(results))
         print(f"pictures, results.json and the model: {folder}")
+        print(f"everything on one page: {write_report([folder], views=trainer.views)}")
     return 0
 
 

@@ -21,7 +21,7 @@ from bvae.checkpoint import BEST, LAST, load_checkpoint, prefixed, save_checkpoi
 from bvae.config import Config
 from bvae.data import Dataset
 from bvae.data.shapes import FACTOR_TYPES
-from bvae.errors import UserError
+from bvae.errors import Interrupted, UserError
 from bvae.fid_scores import fid_scorer
 from bvae.files import encode_json, exists, write_atomically, writing
 from bvae.graph import Runner, make_runner
@@ -30,25 +30,19 @@ from bvae.mapped import is_mapped, resident
 from bvae.metrics.latent import INACTIVE, factor_correlation, inactive, latent_variances
 from bvae.models.norm import batch_norms, recompute_statistics
 from bvae.models.vae import VAE, l2_kernels
+from bvae.report_views import Views, compute_views
 from bvae.runlog import RunLog, read_metrics
 from bvae.scores import Scores, encode_images, score_images, score_latents
 from bvae.seeds import derive
 from bvae.step import Step
 from bvae.streaming import image_batches, place
-from bvae.two_stage import CONFIG, TwoStageVAE, to_uint8
+from bvae.trackers import Tracker, open_tracker, require
+from bvae.two_stage import CONFIG, TwoStageVAE
 from bvae.world import World, gather
 
 RESULTS = "results.json"
 EPOCH_BN_BATCHES = 50  # enough for a point on a curve; the final figures take --bn-batches
 MUCH_TROUBLE = 10  # the level of Sums.trouble at which a run is given up
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; its state has been saved."""
-
-    def __init__(self, signal: int, text: str) -> None:
-        super().__init__(text)
-        self.signal = signal
 
 
 @dataclass
@@ -125,6 +119,7 @@ class Trainer:
                 f"{data.name}: {len(data.train)} training images are fewer than one batch of {config.batch}: "
                 "lower --batch"
             )
+        require(config.logger)
         state = load_checkpoint(folder / LAST) if resume else None
         if state is not None:
             self._check_same_run(state[1])
@@ -146,6 +141,7 @@ class Trainer:
         self.best = math.inf
         self.best_model: dict[str, Tensor] | None = None
         self.saved_at = time.monotonic()
+        self.views: Views | None = None  # of the run's end
 
         if state is None:
             self.stage = self._first_stage()
@@ -159,8 +155,20 @@ class Trainer:
         if self.stage.number == 2:
             finished = {1: 10**9, 2: self.stage.finished_epochs}
         mine = folder if self.world.first else None
-        self.log = RunLog(mine, resume_after=finished if resume else None, quiet=quiet)
+        tracker = self._open_tracker(new=state is None) if self.world.first else None
+        self.log = RunLog(mine, resume_after=finished if resume else None, tracker=tracker, quiet=quiet)
+        if tracker is not None:
+            self.log.note(f"{tracker.name}: {tracker.where}")
         self.world.wait()  # until all have read what there is: from now on it changes
+
+    def _open_tracker(self, new: bool) -> Tracker | None:
+        """The tracker of --logger. Where it cannot begin, neither does the run, and a new one leaves no folder."""
+        try:
+            return open_tracker(self.config.logger, self.folder, self.config.to_dict())
+        except UserError:
+            if new:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
 
     # ---- the run ----------------------------------------------------------------------------------------------
 
@@ -563,17 +571,12 @@ class Trainer:
     # ---- pictures ---------------------------------------------------------------------------------------------
 
     def _draw(self) -> None:
-        shown = min(48, len(self.data.test))
-        originals = np.array(self.data.test[:shown])  # of a mapped file, perhaps, which torch could not have
-        reconstructed = self.model.reconstruct(torch.from_numpy(originals).permute(0, 3, 1, 2))
-        pictures = {"reconstructions": figures.reconstruction_grid(originals, to_uint8(reconstructed))}
-        for number in (1, 2) if self.config.epochs2 else (1,):
-            samples = to_uint8(self.model.sample(100, number, self.config.seed))
-            pictures[f"samples-stage{number}"] = figures.image_grid(samples, 10)
-        for name, picture in pictures.items():
+        records = read_metrics(self.folder)
+        self.views = compute_views(self.model, records, self.data, seed=self.config.seed)
+        for name, picture in self.views.pictures().items():
             figures.save_png(self.folder / f"{name}.png", picture)
             self.log.image(name, picture, self.stage.finished_epochs)
-        records = read_metrics(self.folder)
+        self.log.final(self.results, self.stage.finished_epochs)
         if any(r["stage"] == 1 for r in records):  # somebody may have removed the file
             figures.curves(records, self.folder / "curves.png")
             figures.latent_curves(records, self.folder / "latents.png", INACTIVE)
