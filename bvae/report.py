@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bvae.checkpoint import LAST
 from bvae.config import Config
 from bvae.data import Dataset
 from bvae.datasource import load_data
@@ -17,7 +16,7 @@ from bvae.report_page import RunContent, render
 from bvae.report_views import Views, compute_views
 from bvae.runlog import METRICS, read_metrics
 from bvae.trainer import RESULTS
-from bvae.two_stage import load, read_config, read_run
+from bvae.two_stage import WEIGHTS, load, read_config, read_run
 
 REPORT = "report.html"
 COMPARISON = "comparison.html"
@@ -58,7 +57,8 @@ def read_content(
         run.records = read_metrics(folder) if exists(folder / METRICS) else []
     except UserError as error:
         run.notes.append(f"The curves are missing: {error}.")
-    run.state = _state(run, exists(folder / LAST))
+    finished = exists(folder / WEIGHTS)  # what training writes last; results may come from bvae.evaluate
+    run.state = _state(run, finished)
     if views is not None:
         run.views, run.notes = views, run.notes + views.missing
         return run
@@ -81,7 +81,7 @@ def read_content(
     trained_on = run.info.get("data", {}).get("digest")
     if data is not None and trained_on not in (None, data.digest):
         run.notes.append(f"The images, {data.name}, are not the ones this run was trained on.")
-    stages = [stage for stage in _stages(run, exists(folder / LAST)) if stage == 1 or model.stage2 is not None]
+    stages = [stage for stage in _stages(run, finished) if stage == 1 or model.stage2 is not None]
     run.views = compute_views(model, run.records, data, stages, config.seed)
     run.notes += run.views.missing
     return run
@@ -100,25 +100,22 @@ def _results(folder: Path) -> Mapping[str, Any]:
     return values
 
 
-def _stages(run: RunContent, in_training: bool) -> list[int]:
+def _stages(run: RunContent, finished: bool) -> list[int]:
     """The stages that have been trained, at least in part."""
-    stages = {r["stage"] for r in run.records} | {n for n in (1, 2) if f"stage{n}" in run.results}
-    if not stages & {1, 2}:
-        return [1] if in_training else [1, 2]  # a model alone says nothing of its training
-    return sorted(stages & {1, 2})
+    return [1, 2] if finished else sorted({1} | {r["stage"] for r in run.records} & {1, 2})
 
 
-def _state(run: RunContent, in_training: bool) -> str:
-    if run.results:
-        return "Finished."
-    if run.records:
-        last = run.records[-1]
-        of = run.info["config"].get("epochs" if last["stage"] == 1 else "epochs2", "?")
-        return (
-            f"Not finished: stage {last['stage']} has had {last['epoch']} of {of} epochs. Pictures are of the last "
-            "checkpoint, whose batch norm still lags behind its weights."
-        )
-    return "Not finished: no epoch is over." if in_training else "A saved model, without the records of its training."
+def _state(run: RunContent, finished: bool) -> str:
+    if finished:
+        return "Finished." if run.records or run.results else "A saved model, without the records of its training."
+    if not run.records:
+        return "Not finished: no epoch is over."
+    last = run.records[-1]
+    of = run.info["config"].get("epochs" if last["stage"] == 1 else "epochs2", "?")
+    return (
+        f"Not finished: stage {last['stage']} has had {last['epoch']} of {of} epochs. Pictures are of the last "
+        "checkpoint, whose batch norm still lags behind its weights."
+    )
 
 
 def write_report(

@@ -85,7 +85,9 @@ FIGURES: tuple[tuple[str, int, str, str], ...] = (
 )
 FID_PARTS = (
     ("rec", "REC"),
+    ("rec_contrast", "REC, contrast"),
     ("rec_mean", "REC, z = mu"),
+    ("rec_mean_contrast", "REC, z = mu, contrast"),
     ("gen1", "GEN-1"),
     ("gen2", "GEN-2"),
     ("gen2_rescaled", "GEN-2, rescaled"),

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import torch
 
+from bvae.checkpoint import LAST, prefixed, save_checkpoint
 from bvae.config import Config
 from bvae.data import load
 from bvae.runlog import RunLog
@@ -57,6 +58,10 @@ def make_run(folder, data=None, epochs=(5, 3), results=True, seed=0, info=None, 
     for p in model.parameters():  # or all images look alike
         p.data += 0.3 * torch.randn_like(p)
     model.save_pretrained(folder)
+    if results is False:  # not finished: the model is in the last checkpoint
+        (folder / "model.safetensors").unlink()
+        (folder / "checkpoints").mkdir()
+        save_checkpoint(folder / LAST, prefixed(model.state_dict(), "model"), {})
     described = {"name": "made up", "path": None, "digest": None, "train": 40, "test": 20}
     if data is not None:
         dataset = load(data, side=8, channels=3)

@@ -239,6 +239,10 @@ def test_an_unfinished_run(tmp_path, data):
     assert "Not finished: stage 1 has had 2 of 5 epochs." in page.text
     assert "No final figures yet" in page.text and "FID has not been measured" in page.text
     assert {"64 samples of run, GEN-1"} == {a["alt"] for a in page.of("img") if "GEN" in a["alt"]}
+    # Scores from bvae.evaluate do not make it a finished one.
+    (tmp_path / "run" / "results.json").write_text(json.dumps({"stage1": {"kl": 6.25}, "stage2": {}, "fid": FID}))
+    page = page_of(tmp_path / "run")
+    assert "Not finished" in page.text and "KL, nats per image 6.25" in page.text and "61.23" in page.text
 
 
 def test_a_model_without_its_training(finished, tmp_path):
