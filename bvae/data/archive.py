@@ -269,7 +269,7 @@ def _list_zip(source: Source, file: Path) -> None:
         raise refusal(file, "not a readable zip archive", error) from error
     for member in members:
         name = _clean(member.filename)
-        if member.is_dir():
+        if name.endswith("/"):
             _see_folder(source, name.rstrip("/"))
             continue
         _sort_in(source, _zip_item(name, str(file), member))

@@ -203,6 +203,12 @@ def test_a_zip_behind_other_bytes_and_damaged_zips(tmp_path):
     assert "damaged" in contents(open_source(path))["a.png"]
 
 
+def test_a_zip_member_without_a_name_is_no_image(tmp_path):
+    path = write_zip(tmp_path / "a.zip", {"?.png": PNG, "b.png": PNG})
+    path.write_bytes(path.read_bytes().replace(b"?.png", b"\0.png"))
+    assert list(contents(open_source(path))) == ["b.png"]
+
+
 def test_archives_inside_are_named_where_there_is_nothing_else(tmp_path):
     inner = write_zip(tmp_path / "img.zip", {"a.png": PNG}).read_bytes()
     refused(write_zip(tmp_path / "a.zip", {"Img/img.zip": inner, "note.txt": b""}), "no images", "Img/img.zip")

@@ -421,10 +421,10 @@ def test_mutated_images_and_archives_never_crash(tmp_path):
 def mutate(data, rng, changes):
     data = bytearray(data)
     for _ in range(changes):
-        at = rng.randrange(len(data))
+        at = rng.randrange(max(1, len(data)))
         how = rng.random()
         if how < 0.7:
-            data[at] = rng.randrange(256)
+            data[at : at + 1] = bytes([rng.randrange(256)])
         elif how < 0.8:
             data[at : at + rng.randrange(1, 9)] = b"\xff" * rng.randrange(9)
         elif how < 0.9:
