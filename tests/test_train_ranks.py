@@ -24,7 +24,7 @@ from bvae.world import World
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 
-SECONDS = 120  # after which a job is given up
+SECONDS = 240  # after which a job is given up
 RUN = [
     "--side",
     "16",
@@ -55,7 +55,7 @@ RUN = [
     "--checkpoint-seconds",
     "0",
     "--epochs",
-    "6",
+    "10",
     "--epochs2",
     "6",
 ]
@@ -145,7 +145,7 @@ def test_from_one_to_two_and_back(alone: Path, tmp_path: Path) -> None:
         trainer.run()
     assert 0 < load_checkpoint(run / LAST)[1]["step"] < 6, "in mid-epoch"
     with torchrun(tmp_path, "--resume", str(run)) as job:
-        job.reach(run, 1, 20)
+        job.reach(run, 1, 12)
         job.process.send_signal(signal.SIGTERM)
         assert job.wait() != 0
     state = load_checkpoint(run / LAST)[1]

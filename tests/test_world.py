@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has 
 
 CONFIG = Config(preset="shapes", side=8, scales=2, base=4, fc=8, latents=3, hidden=16)
 BATCH = 8
-SECONDS = 120  # after which the two ranks are given up
+SECONDS = 240  # after which the two ranks are given up
 BALANCES = ("computed", "learned", "fixed")
 
 
