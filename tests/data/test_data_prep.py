@@ -383,6 +383,21 @@ def test_options_reach_the_recipe(tmp_path):
     assert Store.open(tmp_path / "s", verify=True).meta["counts"]["test"] == 1
 
 
+def test_progress_is_told_line_by_line_where_there_is_no_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("bvae.data.images._LINE_SECONDS", 0.0)
+    monkeypatch.setattr("bvae.data.images.CHUNK_IMAGES", 10)
+    source = write_zip(tmp_path / "a.zip", faces(30))
+    told = []
+    pillow(source, tmp_path / "s", say=told.append)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in lines] == ["10/30", "20/30", "30/30"]
+    assert all("images, " in line and "/s, " in line and line.endswith("s left") for line in lines)
+    assert "30 images, split by a tenth for test" in told[0] and "pillow" in told[1]
+    pillow(source, tmp_path / "t")
+    load(source, side=16, channels=3)
+    assert capsys.readouterr() == ("", "")
+
+
 # --- damage at random
 
 
