@@ -89,6 +89,8 @@ def run(args: argparse.Namespace, world: World) -> None:
             side.digest()  # checks every image
         elif args.kid or args.prdc:
             raise UserError(f"{getattr(args, name.lower())}: --kid and --prdc need images, not their statistics")
+        elif (args.jpeg_roundtrip and name == "A") or (args.stretch and name == "B"):
+            raise UserError(f"{getattr(args, name.lower())}: statistics cannot be changed: give the images")
         elif any(isinstance(other, Images) for other in sides.values()):
             check_dimension(side, getattr(args, name.lower()))
         label = check_enough(side.n, getattr(args, name.lower()), args.allow_few) or label

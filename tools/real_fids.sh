@@ -4,8 +4,8 @@
 #     tools/real_fids.sh OUT CIFAR10 CELEBA [RUN]
 #
 # CIFAR10 is its official folder, CELEBA img_align_celeba.zip (or part of it), RUN a run trained on CIFAR-10.
-# PYTHON, PRECISION (fp32 or bf16) and NUM (of CIFAR-10's images a side) can be set. About 70,000 images go through the
-# network; statistics are cached, so that a second call goes on where the first was stopped.
+# PYTHON, PRECISION (fp32 or bf16) and NUM (of CIFAR-10's images a side) can be set. About 80,000 images go through the
+# network; statistics of images are cached, so that a second call goes on where the first was stopped. Ends with a table.
 set -euo pipefail
 out=$1 cifar=$2 celeba=$3 run=${4:-}
 python=${PYTHON:-python} precision=${PRECISION:-fp32} num=${NUM:-10000}
@@ -35,3 +35,21 @@ if [ -n "$run" ]; then
     "$python" -m bvae.evaluate "$run" --data "$cifar" --precision "$precision" --fid-num "$num" --rec sampled \
         --json "$out/run.json"
 fi
+
+"$python" - "$out" <<'TABLE'
+import json, sys
+from pathlib import Path
+
+for path in sorted(Path(sys.argv[1]).glob("*.json")):
+    r = json.loads(path.read_text())
+    if path.stem == "run":
+        for protocol, found in r["fid"].items():
+            for name in ("rec", "gen1", "gen2", "gen2_rescaled"):
+                counts = f"{found['n_reference' if name == 'rec' else 'n']} against {found['n_reference']}"
+                print(f"| {path.stem} {name} | {protocol}, {found['precision']} | {counts} | {found[name]:.2f} |")
+        continue
+    print(f"| {path.stem} | {r['protocol']}, {r['precision']} | {r['n']} against {r['n_reference']} | {r['fid']:.2f} |")
+    for name in ("kid", "prdc"):
+        if name in r:
+            print(f"|   {name} | " + ", ".join(f"{key} {value:.4g}" for key, value in r[name].items()) + " | | |")
+TABLE

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typeguard import check_type
 
 from bvae.errors import UserError
 from bvae.files import encode_json, write_atomically
@@ -131,6 +132,8 @@ def load_statistics(path: Path) -> tuple[Statistics, dict[str, Any]]:
         meta = json.loads(arrays["meta"].tobytes()) if "meta" in arrays else {}
         n, protocol = meta.get("n"), meta.get("protocol", "pytorch-fid")
         origin = Origin(protocol, meta.get("weights"), meta.get("precision", "fp32"))
+        check_type(n, int | None)
+        check_type(dataclasses.astuple(origin), tuple[str, str | None, str])
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # NumPy and zipfile report damage in many ways

@@ -99,6 +99,7 @@ def test_statistics_of_another_making_are_refused(tool: ModuleType) -> None:
     np.savez("small.npz", mu=np.zeros(64), sigma=np.eye(64))
     assert "statistics of 64 features, images have 2048" in refused(tool, "small.npz", "b.npy", "--allow-few")
     assert "made with --precision fp32" in refused(tool, "a.npz", "b.npy", "--allow-few", "--precision", "bf16")
+    assert "cannot be changed" in refused(tool, "a.npz", "b.npy", "--allow-few", "--jpeg-roundtrip")
     assert "need images" in refused(tool, "a.npz", "b.npy", "--allow-few", "--kid")
 
 

@@ -139,7 +139,9 @@ class Code:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "no sigma", "nan", "wide", "text", "objects", "pickle"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "empty", "no sigma", "nan", "wide", "text", "meta", "objects", "pickle"]
+)
 def test_damaged_files_are_refused_by_name(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "s.npz"
     arrays: dict = {"mu": np.zeros(4), "sigma": np.eye(4)}
@@ -151,6 +153,8 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path, damage: str) -> None:
         arrays["sigma"] = np.eye(5)
     elif damage == "text":
         arrays["mu"] = np.array(["a"] * 4)
+    elif damage == "meta":
+        arrays["meta"] = np.frombuffer(b'{"n": "many"}', np.uint8)
     elif damage == "objects":
         arrays["mu"] = np.array([Code(tmp_path / "ran")] * 4)
     np.savez(path, **arrays)
