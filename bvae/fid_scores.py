@@ -3,7 +3,9 @@
 Under torchrun the ranks share the images: noise belongs to an image's place in the whole, so that each draws the same.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -146,6 +148,15 @@ def fid_scorer(config: Config, images: Tensor, world: World) -> FIDScorer:
     network, digest = load_inception(weights, images.device)
     extractor = Extractor(network, digest, PROTOCOLS[config.fid_protocol])
     return FIDScorer(extractor, images, config.fid_num, config.allow_few, Cache(default_folder()), world)
+
+
+def read_fid(results: Path) -> dict[str, Any]:
+    """{"fid": ...} of a run's results.json, or nothing where it holds none."""
+    try:
+        found = json.loads(results.read_text())
+    except (OSError, ValueError):
+        return {}
+    return {"fid": found["fid"]} if isinstance(found, dict) and "fid" in found else {}
 
 
 def restore_contrast(images: Callable[[], Iterator[Tensor]], data: Tensor) -> Iterator[Tensor]:

@@ -22,7 +22,7 @@ from bvae.config import Config
 from bvae.data import Dataset
 from bvae.data.shapes import FACTOR_TYPES
 from bvae.errors import Interrupted, UserError
-from bvae.fid_scores import fid_scorer
+from bvae.fid_scores import fid_scorer, read_fid
 from bvae.files import encode_json, exists, write_atomically, writing
 from bvae.graph import Runner, make_runner
 from bvae.machine import describe_device, versions
@@ -173,7 +173,8 @@ class Trainer:
     # ---- the run ----------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """Trains what is left of both stages; returns what results.json then holds."""
+        """Trains what is left of both stages; returns its results, which results.json then holds."""
+        began = self.stage.number, self.stage.done
         with self.log:
             if self.stage.number == 1:
                 self.train(self.stage)
@@ -191,7 +192,9 @@ class Trainer:
                 self._draw()
         if self.world.first:
             self.model.save_weights(self.folder)
-            write_atomically(self.folder / RESULTS, encode_json(self.results, indent=2).encode())
+            # What bvae.evaluate added to the results holds as long as the model is the same.
+            scores = read_fid(self.folder / RESULTS) if (self.stage.number, self.stage.done) == began else {}
+            write_atomically(self.folder / RESULTS, encode_json({**self.results, **scores}, indent=2).encode())
         return self.results
 
     def train(self, stage: Stage) -> None:

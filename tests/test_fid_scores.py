@@ -1,6 +1,7 @@
 """REC, GEN-1 and GEN-2: in the evaluation, on the training curve, and with the contrast restored."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,16 @@ def test_evaluation_measures_them_all_and_extends_the_results(
     fids = json.loads((run / "results.json").read_text())["fid"]
     assert fids["tf1"] == found | {"rec_contrast": fids["tf1"]["rec_contrast"]} and "rec" not in fids["clean"]
     assert fids["tf1"]["rec_contrast"] != found["rec"]
+
+
+def test_a_resume_keeps_them_only_where_nothing_is_trained(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fid": {"tf1": {"gen1": 3.0}}}))
+    assert train(["--resume", str(tmp_path / "run")]) == 0
+    assert json.loads(path.read_text())["fid"] == {"tf1": {"gen1": 3.0}}
+    assert train(["--resume", str(tmp_path / "run"), "--epochs2", "4"]) == 0
+    assert "fid" not in json.loads(path.read_text())
 
 
 def test_figures_are_those_of_images_written_to_files(run: Path) -> None:
