@@ -187,10 +187,10 @@ def fid_table(runs: Sequence[RunContent]) -> FidTable:
     for name, protocol, score in scored:
         count = f"{number(score.get('n'), ',d')} against {number(score.get('n_reference'), ',d')}"
         label = ", ".join(str(part) for part in (score.get("precision"), score.get("label")) if part)
-        rows.append((name, [protocol, f"{count}, {label}", *(number(score.get(key), ".2f") for key, _ in parts)]))
+        rows.append((name, [protocol, *(number(score.get(key), ".2f") for key, _ in parts), f"{count}, {label}"]))
     found = {published_on(run.info) for run in runs} - {""}
     on = found.pop() if len(found) == 1 else ""
-    return FidTable(["Protocol", "Images", *(label for _, label in parts)], rows, list(PUBLISHED.get(on, ())), on)
+    return FidTable(["Protocol", *(label for _, label in parts), "Images"], rows, list(PUBLISHED.get(on, ())), on)
 
 
 def published_on(info: Mapping[str, Any]) -> str:

@@ -105,35 +105,30 @@ class Visit:
 
 
 @pytest.fixture(scope="module", params=["one", "three"])
-def on_a_desk(request, browser, pages):
-    visit = Visit(browser, pages[request.param], 1280, "light")
-    yield visit, pages[request.param]
-    visit.close()
+def visits(request, browser, pages):
+    """The same page on a desk, in the light, and on a phone, in the dark."""
+    desk = Visit(browser, pages[request.param], 1280, "light")
+    phone = Visit(browser, pages[request.param], 360, "dark", phone=True)
+    yield desk, phone
+    desk.close()
+    phone.close()
 
 
-@pytest.fixture(scope="module", params=["one", "three"])
-def on_a_phone(request, browser, pages):
-    visit = Visit(browser, pages[request.param], 360, "dark", phone=True)
-    yield visit
-    visit.close()
+def test_nothing_is_said_and_nothing_asked_for(visits):
+    for visit in visits:
+        assert visit.said == []
+        assert [url for url in visit.requests if not url.startswith(("data:", "blob:"))] == [visit.page.url]
 
 
-def test_nothing_is_said_and_nothing_asked_for(on_a_desk):
-    visit, path = on_a_desk
-    assert visit.said == []
-    assert [url for url in visit.requests if not url.startswith(("data:", "blob:"))] == [path.as_uri()]
-
-
-def test_every_chart_and_picture_is_there(on_a_desk):
-    page = on_a_desk[0].page
+def test_every_chart_and_picture_is_there(visits):
+    page = visits[0].page
     assert page.locator(".plot").count() >= 16
     assert page.evaluate("[...document.images].every((i) => i.complete && i.naturalWidth > 0)")
     assert page.evaluate("[...document.images].length") >= 9
 
 
-def test_a_phone_scrolls_down_only(on_a_phone):
-    assert on_a_phone.said == []
-    page = on_a_phone.page
+def test_a_phone_scrolls_down_only(visits):
+    page = visits[1].page
     assert page.evaluate("[document.documentElement.scrollWidth, innerWidth]") == [360, 360]
     # No chart takes a finger's drag, and none is wider than its place.
     assert page.evaluate(
@@ -142,9 +137,8 @@ def test_a_phone_scrolls_down_only(on_a_phone):
     )
 
 
-def test_texts_stand_out_from_what_is_behind_them(on_a_desk, on_a_phone):
-    """Light on the desk, dark on the phone."""
-    for visit in (on_a_desk[0], on_a_phone):
+def test_texts_stand_out_from_what_is_behind_them(visits):
+    for visit in visits:
         contrasts = visit.page.evaluate(CONTRASTS)
         assert len(contrasts) > 200
         assert contrasts[0][0] >= 4.5, contrasts[:5]
