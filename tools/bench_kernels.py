@@ -1,0 +1,345 @@
+#!/usr/bin/env python3
+"""Times every fused op, forward and backward, against eager PyTorch and torch.compile, and against the memory's speed.
+
+    python tools/bench_kernels.py [--device cpu|cuda] [--elements N] [--rounds 20] [--no-compile] [--json PATH]
+
+Each op runs at the sizes of the paper's CIFAR-10 and CelebA steps and at one of about --elements elements, well past
+the caches. Its rivals are the same operation as people write it in eager PyTorch (with torch's own noise), and its
+plain twin in bvae.reference under torch.compile. All take turns, round after round; a figure is the median of the
+rounds, with the 20th and 80th percentile.
+
+bytes: what the operation has to move at least (each input read once, each output written once). share: of the bandwidth
+of copying a large tensor, measured in the same run. At the paper's sizes everything fits the caches and the share says
+little: there the time counts.
+
+On CUDA a call is timed by events: small ones as a CUDA graph of many calls, which leaves the launches from Python out;
+large ones one by one, each after the L2 cache was written over.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._functorch.config
+from torch import Tensor
+
+from bvae import ops, reference
+from bvae.machine import describe_device, pick_device, versions
+
+Call = Callable[[], Any]
+RIVALS = ("fused", "eager", "compiled")
+FLUSH_BYTES = 2**28  # more than any L2
+SMALL_BYTES = 2**24  # calls that move less are timed many at a time
+CALLS = 20
+TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class Case:
+    """One operation at one size. make: of each rival, what sets it up and returns its call."""
+
+    op: str
+    size: str
+    type: str
+    bytes: int
+    make: dict[str, Callable[[], Call]]
+
+
+# ---- the operations -------------------------------------------------------------------------------------------------
+
+
+def compiled(function: Callable) -> Callable:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def forward(function: Callable, *inputs: Tensor) -> Call:
+    def call() -> Any:
+        with torch.no_grad():
+            return function(*inputs)
+
+    return call
+
+
+def backward(function: Callable, wanted: tuple[Tensor, ...], *inputs: Tensor) -> Call:
+    """The backward alone: of a graph that is kept, with a gradient for each of the function's outputs."""
+    outputs = function(*inputs)
+    grads = [torch.randn_like(out) if out.dim() else torch.ones_like(out) for out in outputs]
+    return lambda: torch.autograd.grad(outputs, wanted, grads, retain_graph=True)
+
+
+def sample_cases(batch: int, k: int, size: str, device: torch.device) -> list[Case]:
+    def plain(mu: Tensor, log_sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        sigma = log_sigma.exp()
+        z = mu + sigma * torch.randn_like(mu)
+        kl = 0.5 * (mu.square() + sigma.square() - 2 * log_sigma - 1)
+        with torch.no_grad():
+            moments = torch.stack([mu.sum(0), mu.square().sum(0), sigma.square().sum(0), kl.sum(0)])
+        return z, kl.sum(), moments
+
+    def calls(function: Callable[..., tuple], back: bool) -> Call:
+        torch.manual_seed(0)
+        mu = torch.randn(batch, k, device=device, requires_grad=back)
+        log_sigma = torch.randn(batch, k, device=device, requires_grad=back)
+        rng = ops.make_rng(0, device)
+        if function is plain:
+            given: tuple[Tensor, ...] = (mu, log_sigma)
+        else:
+            given = (mu, log_sigma, rng)
+        if back:
+            return backward(lambda *inputs: function(*inputs)[:2], (mu, log_sigma), *given)
+        return forward(function, *given)
+
+    n = batch * k
+    cases = []
+    for back, moved in ((False, 3 * 4 * n), (True, 5 * 4 * n)):
+        make: dict[str, Callable[[], Call]] = {
+            "fused": lambda back=back: calls(ops.sample_kl, back),
+            "eager": lambda back=back: calls(plain, back),
+            "compiled": lambda back=back: calls(compiled(reference.sample_kl), back),
+        }
+        cases.append(Case("sample_kl" + " backward" * back, f"{size} {batch}x{k}", "fp32", moved, make))
+    return cases
+
+
+def loss_cases(batch: int, side: int, type_name: str, size: str, device: torch.device) -> list[Case]:
+    dtype = TYPES[type_name]
+
+    def plain(recon: Tensor, target: Tensor, kl: Tensor, gamma2: Tensor, _: Tensor) -> tuple[Tensor]:
+        elements, used = recon[0].numel(), gamma2.clone()
+        sse = (torch.sigmoid(recon.float()) - target.float() / 255).square().sum() / len(recon)
+        loss = sse / (2 * used) + kl / len(recon) + elements / 2 * (used.log() + 1.8378770664093453)
+        with torch.no_grad():
+            gamma2.copy_(torch.minimum(gamma2, 0.99 * gamma2 + 0.01 * sse / elements).clamp(min=1e-8))
+        return (loss,)
+
+    def of(module: Any) -> Callable[..., tuple]:
+        return lambda r, t, kl, g, s: (module.balanced_loss(r, t, kl, g, s, logits=True, update=True).loss,)
+
+    def calls(function: Callable[..., tuple], back: bool) -> Call:
+        torch.manual_seed(0)
+        recon = torch.randn(batch, side, side, 3, device=device).to(dtype).permute(0, 3, 1, 2).requires_grad_(back)
+        target = torch.randint(256, (batch, side, side, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+        kl = torch.ones((), device=device, requires_grad=back)
+        gamma2, skipped = torch.ones((), device=device), torch.zeros((), dtype=torch.int64, device=device)
+        if back:
+            return backward(function, (recon, kl), recon, target, kl, gamma2, skipped)
+        return forward(function, recon, target, kl, gamma2, skipped)
+
+    n, width = batch * side * side * 3, dtype.itemsize
+    cases = []
+    for back, moved in ((False, (width + 1) * n), (True, (2 * width + 1) * n)):
+        make: dict[str, Callable[[], Call]] = {
+            "fused": lambda back=back: calls(of(ops), back),
+            "eager": lambda back=back: calls(plain, back),
+            "compiled": lambda back=back: calls(compiled(of(reference)), back),
+        }
+        cases.append(
+            Case("balanced_loss" + " backward" * back, f"{size} {batch}x3x{side}x{side}", type_name, moved, make)
+        )
+    return cases
+
+
+def gather_case(batch: int, side: int, images: int, type_name: str, size: str, device: torch.device) -> Case:
+    dtype = TYPES[type_name]
+
+    def plain(data: Tensor, index: Tensor, flip: Tensor) -> tuple[Tensor, Tensor]:
+        rows = data[index]
+        rows = torch.where(flip.view(-1, 1, 1, 1), rows.flip(2), rows).permute(0, 3, 1, 2)
+        return rows.to(dtype) / 255, rows
+
+    def calls(function: Callable) -> Call:
+        generator = torch.Generator().manual_seed(0)
+        data = torch.randint(256, (images, side, side, 3), generator=generator, dtype=torch.uint8).to(device)
+        index = torch.randperm(images, generator=generator)[:batch].to(device)
+        flip = torch.randint(2, (batch,), generator=generator).bool().to(device)
+        return forward(function, data, index, flip)
+
+    def of(module: Any) -> Callable:
+        return lambda data, index, flip: module.gather(data, index, flip, dtype=dtype)
+
+    moved = batch * side * side * 3 * (1 + 1 + dtype.itemsize)
+    make: dict[str, Callable[[], Call]] = {
+        "fused": lambda: calls(of(ops)),
+        "eager": lambda: calls(plain),
+        "compiled": lambda: calls(compiled(of(reference))),
+    }
+    return Case("gather", f"{size} {batch}x3x{side}x{side}", type_name, moved, make)
+
+
+def all_cases(elements: int, device: torch.device) -> list[Case]:
+    large, k = max(1, elements // 3072), 64
+    cases = sample_cases(100, k, "paper", device) + sample_cases(max(1, elements // k // 4), k, "large", device)
+    for type_name in TYPES:
+        cases += loss_cases(100, 32, type_name, "CIFAR-10", device) + loss_cases(100, 64, type_name, "CelebA", device)
+        cases += loss_cases(large, 32, type_name, "large", device)
+        cases.append(gather_case(100, 32, max(100, min(50_000, 8 * large)), type_name, "CIFAR-10", device))
+        cases.append(gather_case(large, 32, large, type_name, "large", device))
+    return cases
+
+
+# ---- the clock ------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds of one call."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cuda = device.type == "cuda"
+        self.flush = torch.empty(FLUSH_BYTES if self.cuda else 0, dtype=torch.uint8, device=device)
+
+    def prepare(self, call: Call, small: bool) -> Call:
+        """Warms the call up; small ones become CALLS calls, on CUDA as one graph where it can be recorded."""
+        for _ in range(3):
+            call()
+        if not small:
+            return call
+        many = lambda: [call() for _ in range(CALLS)]  # noqa: E731
+        if not self.cuda:
+            return many
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.graph(graph, stream=side):
+                many()
+        except RuntimeError:
+            torch.cuda.synchronize()
+            return many
+        return graph.replay
+
+    def seconds(self, call: Call, small: bool) -> float:
+        if not self.cuda:
+            started = time.perf_counter()
+            call()
+            taken = time.perf_counter() - started
+        else:
+            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            if not small:
+                self.flush.zero_()
+            first.record()
+            call()
+            last.record()
+            last.synchronize()
+            taken = first.elapsed_time(last) / 1e3
+        return taken / CALLS if small else taken
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    if len(values) < 2:
+        return dict.fromkeys(("median", "p20", "p80"), values[0])
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[3]}
+
+
+def copy_bandwidth(elements: int, clock: Clock, rounds: int) -> float:
+    """Bytes a second, read and written, of copying a tensor of 4 bytes an element."""
+    source = torch.zeros(elements, device=clock.device)
+    target = torch.empty_like(source)
+    call = clock.prepare(lambda: target.copy_(source), small=False)
+    return 8 * elements / statistics.median(clock.seconds(call, small=False) for _ in range(rounds))
+
+
+def measure(case: Case, clock: Clock, rounds: int, rivals: tuple[str, ...]) -> dict[str, Any]:
+    small = case.bytes < SMALL_BYTES
+    result: dict[str, Any] = {"op": case.op, "size": case.size, "type": case.type, "bytes": case.bytes}
+    calls: dict[str, Call] = {}
+    for rival in rivals:
+        try:
+            calls[rival] = clock.prepare(case.make[rival](), small)
+        except Exception as error:  # of a compiler that cannot: the others are still worth measuring
+            if rival == "fused":
+                raise
+            result[rival] = None
+            print(f"{case.op}, {case.size}: {rival}: {(str(error).splitlines() or ['failed'])[0]}", file=sys.stderr)
+    times: dict[str, list[float]] = {rival: [] for rival in calls}
+    for _ in range(rounds):
+        for rival, call in calls.items():
+            times[rival].append(clock.seconds(call, small))
+    for rival, values in times.items():
+        result[rival] = {name: 1e6 * value for name, value in percentiles(values).items()}
+        if rival != "fused":
+            pairs = zip(values, times["fused"], strict=True)
+            result[f"{rival}_over_fused"] = statistics.median(a / b for a, b in pairs)
+    return result
+
+
+# ---- the report -----------------------------------------------------------------------------------------------------
+
+
+def commit() -> str:
+    """Of the source tree, "-dirty" where it was changed; "unknown" outside a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def line(result: dict[str, Any]) -> str:
+    def cell(rival: str) -> str:
+        found = result.get(rival)
+        if found is None:
+            return f"{'-':>10}{'':18}"
+        spread = f"({found['p20']:.1f} - {found['p80']:.1f})"
+        return f"{found['median']:>10.1f} {spread:<17}"
+
+    ratios = "".join(
+        f"{result[f'{rival}_over_fused']:>8.2f}x" if f"{rival}_over_fused" in result else f"{'-':>9}"
+        for rival in RIVALS[1:]
+    )
+    return (
+        f"{result['op']:<22} {result['size']:<22} {result['type']:<5} {result['bytes'] / 1e6:>8.1f} "
+        + "".join(cell(rival) for rival in RIVALS)
+        + f"{100 * result['share']:>6.0f}%{ratios}"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--elements", type=int, help="of the large sizes (default: 2^28 on CUDA, 2^25 on a CPU)")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--json", type=Path, help="also write the figures, in microseconds, to this file")
+    args = parser.parse_args(argv)
+    if ops.EXTENSION_ERROR is not None:
+        sys.exit(f"error: nothing to measure: {ops.EXTENSION_ERROR}")
+    device = pick_device(args.device)
+    elements = args.elements or (2**28 if device.type == "cuda" else 2**25)
+    torch._functorch.config.donated_buffer = False  # a compiled backward is run more than once
+    rivals = RIVALS[:2] if args.no_compile else RIVALS
+
+    clock = Clock(device)
+    bandwidth = copy_bandwidth(elements, clock, args.rounds)
+    report: dict[str, Any] = {
+        "command": " ".join(["python", *(sys.argv if argv is None else ["tools/bench_kernels.py", *argv])]),
+        "device": describe_device(device),
+        "versions": versions(),
+        "commit": commit(),
+        "copy_bytes_per_s": bandwidth,
+        "results": [],
+    }
+    print(f"{report['device']}, torch {torch.__version__}; copying moves {bandwidth / 1e9:.1f} GB/s")
+    print("microseconds, median (20th - 80th percentile); share of the copy's bandwidth; rival over fused")
+    heads = "".join(f"{rival:>10}{'':18}" for rival in RIVALS)
+    print(f"{'op':<22} {'size':<22} {'type':<5} {'MB':>8} {heads}{'share':>7}{'eager':>9}{'compiled':>9}")
+    for case in all_cases(elements, device):
+        result = measure(case, clock, args.rounds, rivals)
+        result["share"] = result["bytes"] / (result["fused"]["median"] / 1e6) / bandwidth
+        report["results"].append(result)
+        print(line(result), flush=True)
+        torch.compiler.reset()
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
