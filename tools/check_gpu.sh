@@ -31,9 +31,11 @@ run info python -m bvae.info
 if [ "$device" = cuda ]; then
     run tests python -m pytest -q -m gpu
     for tool in memcheck racecheck; do
-        run "$tool" compute-sanitizer --tool $tool --error-exitcode 9 python -m pytest -q -m gpu -k "float64_twin or gather or empty" tests/test_ops.py
+        run "$tool" compute-sanitizer --tool $tool --error-exitcode 9 python -m pytest -q -m gpu -k "float64_twin or gather or empty or 513" tests/test_ops.py tests/test_ops_large.py
     done
 fi
+run bench_kernels python tools/bench_kernels.py --device "$device" --json "$out/bench_kernels.json"
+run bench_stream python tools/bench_stream.py --device "$device" --rounds 10 --steps 500 --json "$out/bench_stream.json"
 run bench_train python tools/bench_train.py --device "$device" --json "$out/bench_train.json"
 run shapes python -m bvae.train --device "$device" --out "$out/shapes"
 if [ -n "$cifar" ]; then
