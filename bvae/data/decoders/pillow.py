@@ -22,7 +22,6 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError, features
 from bvae.data.decoders import jpeg
 from bvae.data.decoders.interface import Decoder
 from bvae.data.decoders.resize import resize
-from bvae.data.decoders.rows import discourage_aligned_rows
 from bvae.data.recipe import Decoded, Item, Recipe, Rejected, collect
 from bvae.errors import UserError
 
@@ -51,7 +50,6 @@ def decode_image(data: bytes, recipe: Recipe) -> np.ndarray:
         _check_size(header.width, header.height)
         box = recipe.box(header.width, header.height)
         data = jpeg.keep_rows(data, header, box[3])
-        discourage_aligned_rows(header.width)
     # Pillow's plugins raise nearly anything on damaged files (OSError, SyntaxError, struct.error, ...).
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
