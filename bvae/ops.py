@@ -22,6 +22,7 @@ __all__ = [
     "BalancedLossOut",
     "SampleKL",
     "balanced_loss",
+    "batch_norm_relu",
     "gather",
     "make_rng",
     "philox_normal",
@@ -258,6 +259,63 @@ def gather(
         if "is out of range for" in str(error):
             raise IndexError(str(error).splitlines()[0]) from None
         raise
+
+
+# ---- batch norm with ReLU --------------------------------------------------------------------------------------------
+
+
+class _BatchNormReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        y, mean, invstd = _raw.batch_norm_relu(x, weight, bias, running_mean, running_var, momentum, eps)
+        ctx.save_for_backward(x, weight, bias, mean, invstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, bias, mean, invstd = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grads = _raw.batch_norm_relu_backward(grad, x, weight, bias, mean, invstd)
+        grads = _first_derivative("batch_norm_relu", grads, grad, x, weight, bias)
+        return *grads, None, None, None, None
+
+
+def batch_norm_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
+) -> Tensor:
+    """ReLU of x normalised over the batch, in training; the running statistics move in place.
+
+        y = max(0, (x - mean) / sqrt(var + eps) * weight + bias)
+        running <- (1 - momentum) running + momentum (mean, or the unbiased variance)
+
+    Fused on the CPU for float32, bfloat16 and float16 in channels_last memory, with the extension; PyTorch's own
+    operations everywhere else, under torch.compile too. The fused one has first derivatives only.
+
+    Args:
+        x: [B, C, H, W], more than one value a channel. weight, bias, running_mean, running_var: float32 [C].
+
+    Returns:
+        y, like x.
+    """
+    if (
+        EXTENSION_ERROR is None
+        and x.is_cpu
+        and x.numel() > 0
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not torch.compiler.is_compiling()
+    ):
+        return _BatchNormReLU.apply(x, weight, bias, running_mean, running_var, momentum, eps)
+    return reference.batch_norm_relu(x, weight, bias, running_mean, running_var, momentum, eps)
 
 
 # ---- shapes without data, for torch.compile -------------------------------------------------------------------------

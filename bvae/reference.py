@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 WORD = 0xFFFFFFFF
@@ -203,6 +204,13 @@ def balanced_loss(
 
 
 # ---- gather ---------------------------------------------------------------------------------------------------------
+
+
+def batch_norm_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
+) -> Tensor:
+    """See ops.batch_norm_relu."""
+    return F.relu(F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps))
 
 
 def gather(

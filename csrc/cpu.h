@@ -33,6 +33,22 @@ struct CpuLoops {
   // Images [begin, end): rows = data[index], mirrored along the width where flip says so; x = rows / 255.
   void (*gather)(const uint8_t* data, const int64_t* index, const bool* flip, DType type, void* x, uint8_t* rows,
                  int64_t height, int64_t width, int64_t channels, int64_t begin, int64_t end);
+
+  // Batch norm with ReLU over rows [begin, end) of x [rows, channels]; per-channel numbers are float.
+  void (*widen)(DType type, const void* x, float* out, int64_t n);
+  // Adds the sums of x - origin and of its square to sums [2, channels].
+  void (*moments)(DType type, const void* x, const float* origin, double* sums, int64_t channels, int64_t begin,
+                  int64_t end);
+  // y = max(0, t), t = scale (x - mean) + bias
+  void (*scale_relu)(DType type, const void* x, const float* mean, const float* scale, const float* bias, void* y,
+                     int64_t channels, int64_t begin, int64_t end);
+  // Adds the sums of g and of g (x - mean) to sums [2, channels], where g is grad where t > 0, else 0.
+  void (*gradient_moments)(DType type, const void* grad, const void* x, const float* mean, const float* scale,
+                           const float* bias, double* sums, int64_t channels, int64_t begin, int64_t end);
+  // grad_x = scale g - slope (x - mean) - constant
+  void (*scale_relu_grad)(DType type, const void* grad, const void* x, const float* mean, const float* scale,
+                          const float* bias, const float* slope, const float* constant, void* grad_x, int64_t channels,
+                          int64_t begin, int64_t end);
 };
 
 const CpuLoops& cpu_loops();

@@ -323,8 +323,120 @@ void gather(const uint8_t* data, const int64_t* index, const bool* flip, DType t
   }
 }
 
+// ---- batch norm with ReLU ------------------------------------------------------------------------------------------
+
+constexpr int kWide = 256;  // channels at a time
+constexpr int kRows = 64;   // rows whose sums stay in float
+
+void widen(DType type, const void* x, float* out, int64_t n) {
+  float buffer[kBlock];
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int part = static_cast<int>(n - i < kBlock ? n - i : kBlock);
+    std::memcpy(out + i, load<float>(type, x, i, part, buffer), sizeof(float) * part);
+  }
+}
+
+// Calls f(row, first channel, number of channels) so that one block of channels stays in the cache over kRows rows,
+// and flush(first channel, number) after them.
+template <class F, class G>
+void by_channels(int64_t channels, int64_t begin, int64_t end, F f, G flush) {
+  for (int64_t r = begin; r < end; r += kRows) {
+    const int64_t last = end - r < kRows ? end : r + kRows;
+    for (int64_t c = 0; c < channels; c += kWide) {
+      const int n = static_cast<int>(channels - c < kWide ? channels - c : kWide);
+      for (int64_t row = r; row < last; ++row) f(row, c, n);
+      flush(c, n);
+    }
+  }
+}
+
+void moments(DType type, const void* x, const float* origin, double* sums, int64_t channels, int64_t begin,
+             int64_t end) {
+  alignas(64) float buffer[kWide], first[kWide] = {}, second[kWide] = {};
+  by_channels(
+      channels, begin, end,
+      [&](int64_t row, int64_t c, int n) {
+        const float* __restrict v = load<float>(type, x, row * channels + c, n, buffer);
+        const float* __restrict o = origin + c;
+        for (int i = 0; i < n; ++i) {
+          const float d = v[i] - o[i];
+          first[i] += d;
+          second[i] += d * d;
+        }
+      },
+      [&](int64_t c, int n) {
+        for (int i = 0; i < n; ++i) {
+          sums[c + i] += first[i];
+          sums[channels + c + i] += second[i];
+          first[i] = second[i] = 0.0f;
+        }
+      });
+}
+
+void scale_relu(DType type, const void* x, const float* mean, const float* scale, const float* bias, void* y,
+                int64_t channels, int64_t begin, int64_t end) {
+  alignas(64) float buffer[kWide], results[kWide];
+  by_channels(
+      channels, begin, end,
+      [&](int64_t row, int64_t c, int n) {
+        const float* __restrict v = load<float>(type, x, row * channels + c, n, buffer);
+        float* __restrict out = place<float>(type, y, row * channels + c, results);
+        for (int i = 0; i < n; ++i) {
+          const float t = (v[i] - mean[c + i]) * scale[c + i] + bias[c + i];
+          out[i] = t < 0.0f ? 0.0f : t;  // NaN stays
+        }
+        store(type, y, row * channels + c, n, out);
+      },
+      [](int64_t, int) {});
+}
+
+void gradient_moments(DType type, const void* grad, const void* x, const float* mean, const float* scale,
+                      const float* bias, double* sums, int64_t channels, int64_t begin, int64_t end) {
+  alignas(64) float buffer[kWide], grads[kWide], first[kWide] = {}, second[kWide] = {};
+  by_channels(
+      channels, begin, end,
+      [&](int64_t row, int64_t c, int n) {
+        const float* __restrict v = load<float>(type, x, row * channels + c, n, buffer);
+        const float* __restrict g = load<float>(type, grad, row * channels + c, n, grads);
+        for (int i = 0; i < n; ++i) {
+          const float d = v[i] - mean[c + i];
+          const float passed = d * scale[c + i] + bias[c + i] > 0.0f ? g[i] : 0.0f;
+          first[i] += passed;
+          second[i] += passed * d;
+        }
+      },
+      [&](int64_t c, int n) {
+        for (int i = 0; i < n; ++i) {
+          sums[c + i] += first[i];
+          sums[channels + c + i] += second[i];
+          first[i] = second[i] = 0.0f;
+        }
+      });
+}
+
+void scale_relu_grad(DType type, const void* grad, const void* x, const float* mean, const float* scale,
+                     const float* bias, const float* slope, const float* constant, void* grad_x, int64_t channels,
+                     int64_t begin, int64_t end) {
+  alignas(64) float buffer[kWide], grads[kWide], results[kWide];
+  by_channels(
+      channels, begin, end,
+      [&](int64_t row, int64_t c, int n) {
+        const float* __restrict v = load<float>(type, x, row * channels + c, n, buffer);
+        const float* __restrict g = load<float>(type, grad, row * channels + c, n, grads);
+        float* __restrict out = place<float>(type, grad_x, row * channels + c, results);
+        for (int i = 0; i < n; ++i) {
+          const float d = v[i] - mean[c + i];
+          const float passed = d * scale[c + i] + bias[c + i] > 0.0f ? g[i] : 0.0f;
+          out[i] = scale[c + i] * passed - slope[c + i] * d - constant[c + i];
+        }
+        store(type, grad_x, row * channels + c, n, out);
+      },
+      [](int64_t, int) {});
+}
+
 }  // namespace
 }  // namespace bvae
 
 #define BVAE_CPU_LOOPS(table) \
-  extern const ::bvae::CpuLoops table = {BVAE_CPU_NAME, sse, sse_grad, sample, sample_grad, noise, gather}
+  extern const ::bvae::CpuLoops table = {BVAE_CPU_NAME, sse, sse_grad, sample, sample_grad, noise, gather, \
+                                           widen, moments, scale_relu, gradient_moments, scale_relu_grad}

@@ -25,6 +25,12 @@ STABLE_TORCH_LIBRARY(bvae, m) {
       "update_gamma2(Tensor(a!) gamma2, Tensor(b!) skipped, Tensor sse, Tensor count, float decay, float floor) "
       "-> ()");
   m.def("gather(Tensor data, Tensor index, Tensor? flip, ScalarType dtype) -> (Tensor x, Tensor rows)");
+  m.def(
+      "batch_norm_relu(Tensor x, Tensor weight, Tensor bias, Tensor(a!) running_mean, Tensor(b!) running_var, "
+      "float momentum, float eps) -> (Tensor y, Tensor mean, Tensor invstd)");
+  m.def(
+      "batch_norm_relu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor invstd) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
 }
 
 // One function serves both devices. It is registered for CUDA in a CPU-only build too, where it names the remedy.
@@ -39,7 +45,11 @@ static void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("gather", TORCH_BOX(&bvae::gather));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(bvae, CPU, m) { register_kernels(m); }
+STABLE_TORCH_LIBRARY_IMPL(bvae, CPU, m) {
+  register_kernels(m);
+  m.impl("batch_norm_relu", TORCH_BOX(&bvae::batch_norm_relu));
+  m.impl("batch_norm_relu_backward", TORCH_BOX(&bvae::batch_norm_relu_backward));
+}
 STABLE_TORCH_LIBRARY_IMPL(bvae, CUDA, m) { register_kernels(m); }
 
 static PyObject* cpu_capability(PyObject*, PyObject*) { return PyUnicode_FromString(bvae::cpu_loops().name); }

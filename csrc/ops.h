@@ -27,4 +27,12 @@ void update_gamma2(Tensor gamma2, Tensor skipped, const Tensor& sse, const Tenso
 std::tuple<Tensor, Tensor> gather(const Tensor& data, const Tensor& index, const std::optional<Tensor>& flip,
                                   ScalarType dtype);
 
+// On the CPU only.
+std::tuple<Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                                   Tensor running_mean, Tensor running_var, double momentum,
+                                                   double eps);
+std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                            const Tensor& bias, const Tensor& mean,
+                                                            const Tensor& invstd);
+
 }  // namespace bvae

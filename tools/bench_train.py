@@ -1,102 +1,155 @@
 #!/usr/bin/env python3
-"""Times bvae's training step against what people would otherwise run, side by side in one process.
+"""Times bvae's training against what people would otherwise run: same network, batch and data, side by side.
 
-    python tools/bench_train.py [--device cpu|cuda] [--rounds 5] [--json PATH]
+    python tools/bench_train.py [--device cpu|cuda] [--recipes cifar10 celeba] [--json PATH]
+    python tools/bench_train.py --quick          every contestant there is, on a tiny network: does it all work?
 
-1. stage 1 of the CIFAR-10 preset, batch 100, in images/s: bvae's step with --amp, against the plain loop (the same
-   network in fp32, a DataLoader, the loss from PyTorch operations, `.item()` every step);
-2. sampling + loss, forward and backward, at the same batch (100x3x32x32, k = 64), in microseconds: the fused ops,
-   against the same written in eager PyTorch and against their plain twins in bvae.reference.
+The contestants, each over stage 1 and stage 2 of a recipe:
 
-The contestants take turns, round after round, so that a machine whose speed drifts slows all alike; figures are
-medians over rounds, ratios are medians of each round's ratio. Pixels are random: the time does not depend on them.
+    bvae        what `python -m bvae.train --amp` runs a step (on CUDA from a CUDA graph)
+    plain       the loop people write: fp32, DataLoader, PyTorch's own layers and loss, `.item()` every step
+    eager_amp   a careful loop: data on the device, bf16 autocast, channels_last, fused Adam, nothing read back
+    compile     the same with torch.compile(mode="max-autotune") over network and loss
+    pythae      pythae's BaseTrainer, with amp on CUDA (it has none on a CPU); left out where it is not installed
+
+They take turns, round after round, in one process, so that a machine whose speed drifts slows all alike; a first,
+uncounted turn of each holds compilation and warm-up. Figures are medians over rounds, ratios medians of each round's
+ratio. Peak memory comes from a process of its own for each contestant. Pixels and latents are random: the time does
+not depend on them. tools/bench_table.py writes the JSON's table into the documents.
 """
 
 import argparse
+import contextlib
+import dataclasses
+import gc
+import importlib.metadata
+import importlib.util
 import json
-import math
+import logging
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from bvae import ops, reference
+from bvae import ops
 from bvae.balance import BalancedLoss
-from bvae.batches import ImageBatches
-from bvae.config import find_preset
-from bvae.machine import describe_device, pick_device, versions
-from bvae.models.vae import first_stage
+from bvae.batches import Batches, ImageBatches, LatentBatches
+from bvae.config import Config, find_preset
+from bvae.graph import make_runner
+from bvae.machine import describe_device, has_bf16, pick_device, versions
+from bvae.models.conv import Conv3x3, ConvTranspose3x3
+from bvae.models.norm import BatchNormReLU
+from bvae.models.vae import VAE, first_stage, l2_kernels, second_stage
 from bvae.step import Step
 
-CONFIG = find_preset("cifar10")
-IMAGES = 5_000
+SAMPLES = 5_000
+Run = Callable[[int], None]  # trains so many steps
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--recipes", nargs="+", default=["cifar10", "celeba"], help="presets of bvae.train")
+    parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=8, help="training steps per round and contestant")
+    parser.add_argument("--seconds", type=float, help="of a turn, about; default 2, with --quick 0")
+    parser.add_argument("--quick", action="store_true", help="a tiny network, one step a turn")
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    parser.add_argument("--memory-of", nargs=3, metavar=("RECIPE", "STAGE", "CONTESTANT"), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
     if ops.EXTENSION_ERROR is not None:
         sys.exit(f"error: nothing to measure: {ops.EXTENSION_ERROR}")
     device = pick_device(args.device)
-    images = torch.randint(256, (IMAGES, 32, 32, 3), dtype=torch.uint8)
+    torch.set_flush_denormal(True)  # as bvae.train does; it helps every contestant
+    if args.memory_of:
+        recipe, stage, name = args.memory_of
+        print(peak_memory(CONTESTANTS[name], configure(recipe, args.quick), int(stage), device))
+        return
 
-    train = rounds(
-        {"bvae": bvae_step(images, device), "plain": plain_loop(images, device)}, args.rounds, args.steps, device
-    )
-    rate = {name: [CONFIG.batch / seconds for seconds in times] for name, times in train.items()}
-    print(f"{describe_device(device)}, torch {torch.__version__}\n")
-    print(f"training, {CONFIG.preset} stage 1, batch {CONFIG.batch}: images/s, median (lowest - highest)")
-    for name, values in rate.items():
-        print(f"  {name:16} {statistics.median(values):9.1f}   ({min(values):.1f} - {max(values):.1f})")
-    speedup = ratio(train["plain"], train["bvae"])
-    print(f"  bvae / plain     {speedup:9.2f}x\n")
-
-    report: dict = {
-        "command": " ".join(["python", *sys.argv]),
+    names = [n for n in args.contestants if n != "pythae" or importlib.util.find_spec("pythae")]
+    figures: dict[str, Any] = {}
+    report = {
+        "command": " ".join(["python", "tools/bench_train.py", *(sys.argv[1:] if argv is None else argv)]),
         "device": describe_device(device),
-        "versions": versions(),
-        device.type: {"stage1": {name: statistics.median(v) for name, v in rate.items()}, "bvae_over_plain": speedup},
-        "ops": {},
+        "bf16": has_bf16(device),
+        "versions": versions() | pythae_version(names),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        device.type: figures,
     }
-    print("sampling + loss, forward and backward, at 100x3x32x32, k = 64: microseconds, median")
-    for dtype in (torch.float32, torch.bfloat16):
-        calls = {name: call(device, dtype) for name, call in (("fused", fused), ("eager", eager), ("twin", twin))}
-        times = rounds(calls, args.rounds, 50, device)
-        name = str(dtype).removeprefix("torch.")
-        micro = {n: statistics.median(t) * 1e6 for n, t in times.items()}
-        ratios = {f"fused_over_{n}": ratio(times[n], times["fused"]) for n in ("eager", "twin")}
-        print(f"  {name:10}" + "".join(f" {n} {t:9.1f}" for n, t in micro.items()), end="   ")
-        print(f"fused is {ratios['fused_over_eager']:.1f}x eager, {ratios['fused_over_twin']:.1f}x its twin")
-        report["ops"][name] = micro | ratios
+    print(f"{report['device']}, torch {torch.__version__}, commit {report['commit']}")
+    seconds = args.seconds if args.seconds is not None else 0.0 if args.quick else 2.0
+    for recipe in args.recipes:
+        figures[recipe] = {}
+        for stage in (1, 2):
+            config = configure(recipe, args.quick)
+            measured = measure(config, stage, names, device, 1 if args.quick else args.rounds, seconds)
+            for name, values in measured.items():
+                values["peak_memory_mib"] = memory_in_a_process(recipe, stage, name, args.device, args.quick)
+            show(recipe, stage, config, measured)
+            figures[recipe][f"stage{stage}"] = measured
+    first = figures[args.recipes[0]]
+    for stage in ("stage1", "stage2"):
+        figures[stage] = {name: values["images_per_s"] for name, values in first[stage].items()}
+    figures.update(figures["stage1"])
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def rounds(
-    contestants: dict[str, Callable[[], None]], count: int, calls: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds a call, one figure per round, of contestants that take turns; a warm-up round is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for i in range(count + 1):
-        for name, call in contestants.items():
-            wait(device)
-            started = time.perf_counter()
-            for _ in range(calls):
-                call()
-            wait(device)
-            if i:
-                times[name].append((time.perf_counter() - started) / calls)
-    return times
+def configure(recipe: str, quick: bool) -> Config:
+    config = find_preset(recipe)
+    if quick:
+        config = dataclasses.replace(config, side=16, base=4, fc=8, latents=4, hidden=8, scales=2, batch=10)
+    return config
+
+
+def measure(
+    config: Config, stage: int, names: list[str], device: torch.device, rounds: int, seconds: float
+) -> dict[str, dict[str, Any]]:
+    """Figures of every contestant, by name."""
+    runs, turn = {}, {}
+    for name in names:
+        runs[name] = CONTESTANTS[name](config, stage, device)
+        timed(runs[name], 2, device)  # compiles, captures, warms up
+        turn[name] = min(100, max(1, round(seconds / timed(runs[name], 1, device))))
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in names:
+            times[name].append(timed(runs[name], turn[name], device) / turn[name])
+    figures: dict[str, dict[str, Any]] = {}
+    for name in names:
+        rates = [config.batch / t for t in times[name]]
+        figures[name] = {
+            "images_per_s": statistics.median(rates),
+            "lowest": min(rates),
+            "highest": max(rates),
+            "steps_per_s": 1 / statistics.median(times[name]),
+        }
+        if "bvae" in names:
+            ratios = [a / b for a, b in zip(times[name], times["bvae"], strict=True)]
+            figures[name]["bvae_is_faster_by"] = statistics.median(ratios)
+    del runs
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return figures
+
+
+def timed(run: Run, steps: int, device: torch.device) -> float:
+    wait(device)
+    started = time.perf_counter()
+    run(steps)
+    wait(device)
+    return time.perf_counter() - started
 
 
 def wait(device: torch.device) -> None:
@@ -104,113 +157,298 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def ratio(slow: list[float], fast: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+def show(recipe: str, stage: int, config: Config, figures: dict[str, dict[str, Any]]) -> None:
+    print(f"\n{recipe} ({config.side}x{config.side}), stage {stage}, batch {config.batch}")
+    print(f"  {'':10} {'images/s':>10}  {'lowest - highest':>21} {'steps/s':>9} {'bvae is':>8} {'peak MiB':>9}")
+    for name, f in figures.items():
+        span = f"{f['lowest']:.1f} - {f['highest']:.1f}"
+        faster = f"{f['bvae_is_faster_by']:.2f}x" if "bvae_is_faster_by" in f else ""
+        memory = f"{f['peak_memory_mib']:.0f}" if f["peak_memory_mib"] else "?"
+        print(f"  {name:10} {f['images_per_s']:10.1f}  {span:>21} {f['steps_per_s']:9.2f} {faster:>8} {memory:>9}")
+    sys.stdout.flush()
 
 
-# ---- the training step ----------------------------------------------------------------------------------------------
+# ---- memory, versions -----------------------------------------------------------------------------------------------
 
 
-def bvae_step(images: Tensor, device: torch.device) -> Callable[[], None]:
-    """What the trainer runs per step with --amp: gather, forward, backward, gated Adam, sums."""
+def peak_memory(
+    contestant: Callable[[Config, int, torch.device], Run], c: Config, stage: int, device: torch.device
+) -> float:
+    """MiB: on CUDA what torch's allocator held at most, on a CPU what the process did."""
+    contestant(c, stage, device)(3)
+    wait(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    # Not getrusage, whose figure a new process takes over from the one that started it.
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**10
+
+
+def memory_in_a_process(recipe: str, stage: int, name: str, device: str, quick: bool) -> float | None:
+    command = [sys.executable, __file__, "--device", device, "--memory-of", recipe, str(stage), name]
+    done = subprocess.run(command + ["--quick"] * quick, capture_output=True, text=True)
+    lines = done.stdout.split()
+    return float(lines[-1]) if done.returncode == 0 and lines else None
+
+
+def pythae_version(names: list[str]) -> dict[str, str]:
+    return {"pythae": importlib.metadata.version("pythae")} if "pythae" in names else {}
+
+
+def commit() -> str:
+    """The commit that is measured; with a + where the working tree differs from it."""
+    here = Path(__file__).parent
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        git = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+        return subprocess.run(git, cwd=here, check=True, capture_output=True, text=True).stdout.strip()
+    return "unknown"
+
+
+# ---- data and network, the same for all -----------------------------------------------------------------------------
+
+
+def images(c: Config) -> Tensor:
+    g = torch.Generator().manual_seed(0)
+    return torch.randint(256, (max(SAMPLES, c.batch), c.side, c.side, c.channels), dtype=torch.uint8, generator=g)
+
+
+def latents(c: Config) -> tuple[Tensor, Tensor]:
+    """A posterior over as many samples."""
+    g = torch.Generator().manual_seed(0)
+    mu = torch.randn(max(SAMPLES, c.batch), c.latents, generator=g)
+    return mu, mu.abs() / 4 - 2
+
+
+def network(c: Config, stage: int) -> VAE:
     torch.manual_seed(0)
-    model = first_stage(CONFIG).to(device)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    batches = ImageBatches(images.to(device), CONFIG.batch, 0, torch.bfloat16)
-    loss = BalancedLoss().to(device)
-    step = Step(model, loss, ops.make_rng(0, device), CONFIG.latents, True, 0.0, [])
-    step.set_lr(CONFIG.lr)
-    endless = (batch for epoch in range(10**9) for batch in batches.epoch(epoch))
-    return lambda: step(*next(endless))
+    return first_stage(c) if stage == 1 else second_stage(c)
 
 
-class PlainImages(Dataset):
-    """Images as people keep them: uint8 in host memory, scaled one by one."""
+def plain_network(c: Config, stage: int) -> VAE:
+    """The same from PyTorch's own layers, as the other contestants would have it."""
+    return with_plain_layers(network(c, stage))
 
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
+
+def with_plain_layers(module: Any) -> Any:
+    """`module` with every layer of bvae's replaced by the one of torch.nn that computes the same."""
+    for name, child in module.named_children():
+        plain: nn.Module
+        match child:
+            case Conv3x3():
+                plain = nn.Conv2d(child.in_channels, child.out_channels, 3, child.stride, 1)  # type: ignore[arg-type]
+            case ConvTranspose3x3():
+                plain = nn.ConvTranspose2d(child.in_channels, child.out_channels, 3, 2, 1, 1)
+            case BatchNormReLU():
+                plain = nn.BatchNorm2d(len(child.weight), child.eps, child.momentum)
+                plain.load_state_dict(child.state_dict(), strict=False)  # ours keeps one number more
+                plain = nn.Sequential(plain, nn.ReLU())
+                setattr(module, name, plain)
+                continue
+            case _:
+                with_plain_layers(child)
+                continue
+        plain.load_state_dict(child.state_dict())
+        setattr(module, name, plain)
+    return module
+
+
+# ---- bvae -----------------------------------------------------------------------------------------------------------
+
+
+def bvae(c: Config, stage: int, device: torch.device) -> Run:
+    model, amp = network(c, stage).to(device), has_bf16(device)
+    loss = BalancedLoss(c.kl_weight if stage == 1 else 1.0, logits=stage == 1).to(device)
+    batches: Batches
+    if stage == 1:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        batches = ImageBatches(images(c).to(device), c.batch, 0, torch.bfloat16 if amp else torch.float32, c.hflip)
+    else:
+        batches = LatentBatches(*(t.to(device) for t in latents(c)), c.batch, 0)
+    penalised = l2_kernels(model, c.l2_on) if stage == 1 else []
+    step = Step(model, loss, ops.make_rng(0, device), c.latents, amp, c.l2, penalised)
+    step.set_lr(c.lr)
+    batches.begin(0)
+    runner = make_runner(batches, step, wanted=True)
+    left = batches.steps
+
+    def run(steps: int) -> None:
+        nonlocal left
+        while steps:
+            if not left:
+                batches.begin(1)
+                left = batches.steps
+            n = runner.run(min(steps, left))
+            steps, left = steps - n, left - n
+
+    return run
+
+
+# ---- loops people write ---------------------------------------------------------------------------------------------
+
+
+def loss_parts(model: VAE, x: Tensor, stage: int) -> tuple[Tensor, Tensor]:
+    """(sum of squared errors, KL), means over the batch."""
+    mu, log_sigma = model.encoder(x)
+    z = mu + log_sigma.exp() * torch.randn_like(mu)
+    recon = model.decoder(z).float()
+    if stage == 1:
+        recon = torch.sigmoid(recon)
+    sse = F.mse_loss(recon, x.float(), reduction="sum") / len(x)
+    return sse, 0.5 * (mu**2 + (2 * log_sigma).exp() - 2 * log_sigma - 1).sum(1).mean()
+
+
+def penalty(c: Config, kernels: list[Tensor]) -> Tensor | float:
+    return c.l2 * sum(w.square().sum() for w in kernels) if kernels else 0.0
+
+
+class Samples(Dataset):
+    """Samples as people keep them, in host memory: uint8 images scaled one by one, or a posterior drawn from."""
+
+    def __init__(self, c: Config, stage: int) -> None:
+        self.images = images(c) if stage == 1 else None
+        self.latents = latents(c)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.latents[0])
 
     def __getitem__(self, i: int) -> Tensor:
-        return self.images[i].permute(2, 0, 1).float() / 255
+        if self.images is not None:
+            return self.images[i].permute(2, 0, 1).float() / 255
+        mu, log_sigma = self.latents
+        return mu[i] + log_sigma[i].exp() * torch.randn_like(mu[i])
 
 
-def plain_loop(images: Tensor, device: torch.device) -> Callable[[], None]:
-    """The loop people write: the same network in fp32, a DataLoader, PyTorch's operations, `.item()` a step."""
-    torch.manual_seed(0)
-    model = first_stage(CONFIG).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=CONFIG.lr)
-    loader = DataLoader(PlainImages(images), CONFIG.batch, shuffle=True, drop_last=True)
+def plain(c: Config, stage: int, device: torch.device) -> Run:
+    model = plain_network(c, stage).to(device)
+    kernels = l2_kernels(model, c.l2_on) if stage == 1 else []
+    optimizer = torch.optim.Adam(model.parameters(), lr=c.lr)
+    loader = DataLoader(Samples(c, stage), c.batch, shuffle=True, drop_last=True)
     endless = (x for _ in range(10**9) for x in loader)
     gamma2 = 1.0
 
-    def step() -> None:
+    def run(steps: int) -> None:
         nonlocal gamma2
-        x = next(endless).to(device)
-        mu, log_sigma = model.encoder(x)
-        z = mu + log_sigma.exp() * torch.randn_like(mu)
-        recon = torch.sigmoid(model.decoder(z))
-        sse = F.mse_loss(recon, x, reduction="sum") / len(x)
-        kl = 0.5 * (mu**2 + (2 * log_sigma).exp() - 2 * log_sigma - 1).sum(1).mean()
-        optimizer.zero_grad()
-        (sse / (2 * gamma2) + kl).backward()
-        optimizer.step()
-        gamma2 = min(gamma2, 0.99 * gamma2 + 0.01 * sse.item() / x[0].numel())
+        for _ in range(steps):
+            x = next(endless).to(device)
+            sse, kl = loss_parts(model, x, stage)
+            optimizer.zero_grad()
+            (sse / (2 * gamma2) + kl + penalty(c, kernels)).backward()
+            optimizer.step()
+            gamma2 = min(gamma2, 0.99 * gamma2 + 0.01 * sse.item() / x[0].numel())
 
-    return step
+    return run
 
 
-# ---- the ops --------------------------------------------------------------------------------------------------------
+def resident(c: Config, stage: int, device: torch.device) -> Iterator[Tensor]:
+    """Endless shuffled batches of data on the device."""
+    data = [t.to(device) for t in ((images(c),) if stage == 1 else latents(c))]
+    while True:
+        order = torch.randperm(len(data[0]), device=device)
+        for index in order[: len(order) // c.batch * c.batch].split(c.batch):
+            if stage == 1:
+                yield data[0][index].permute(0, 3, 1, 2).float() / 255
+            else:
+                mu, log_sigma = (t[index] for t in data)
+                yield mu + log_sigma.exp() * torch.randn_like(mu)
 
 
-def inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    torch.manual_seed(0)
-    logits = torch.randn(100, 3, 32, 32, device=device).to(dtype, memory_format=torch.channels_last).requires_grad_()
-    target = torch.randint(256, (100, 32, 32, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
-    mu = torch.randn(100, 64, device=device, requires_grad=True)
-    log_sigma = torch.randn(100, 64, device=device, requires_grad=True)
-    return logits, target, mu, log_sigma, torch.ones((), device=device)
+def eager_amp(c: Config, stage: int, device: torch.device, compiled: bool = False) -> Run:
+    model = plain_network(c, stage).to(device)
+    if stage == 1:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    kernels = l2_kernels(model, c.l2_on) if stage == 1 else []
+    optimizer = torch.optim.Adam(model.parameters(), lr=c.lr, fused=True)
+    batches = resident(c, stage, device)
+    gamma2 = torch.ones((), device=device)
+
+    def forward(x: Tensor, gamma2: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
+            sse, kl = loss_parts(model, x, stage)
+        return sse / (2 * gamma2) + kl + penalty(c, kernels), sse.detach()
+
+    if compiled:
+        forward = torch.compile(forward, mode="max-autotune")
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            x = next(batches)
+            loss, sse = forward(x, gamma2)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            gamma2.copy_(torch.minimum(gamma2, 0.99 * gamma2 + 0.01 * sse / x[0].numel()))
+
+    return run
 
 
-def fused(device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
-    return _with_ops(ops, device, dtype)
+def compile_(c: Config, stage: int, device: torch.device) -> Run:
+    return eager_amp(c, stage, device, compiled=True)
 
 
-def twin(device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
-    return _with_ops(reference, device, dtype)
+# ---- pythae ---------------------------------------------------------------------------------------------------------
 
 
-def _with_ops(module, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:  # type: ignore[no-untyped-def]
-    logits, target, mu, log_sigma, gamma2 = inputs(device, dtype)
-    skipped = torch.zeros((), dtype=torch.int64, device=device)
-    rng = ops.make_rng(0, device)
+def pythae(c: Config, stage: int, device: torch.device) -> Run:
+    """Its trainer over its VAE (a fixed balance), around the same networks; a step is one of its epochs' batches."""
+    logging.disable(logging.INFO)
+    from pythae.data.datasets import BaseDataset
+    from pythae.models import VAE as PythaeVAE
+    from pythae.models import VAEConfig
+    from pythae.models.base.base_utils import ModelOutput
+    from pythae.models.nn import BaseDecoder, BaseEncoder
+    from pythae.trainers import BaseTrainer, BaseTrainerConfig
 
-    def call() -> None:
-        z, kl, _ = module.sample_kl(mu, log_sigma, rng)
-        loss = module.balanced_loss(logits, target, kl, gamma2, skipped, logits=True, update=True).loss
-        torch.autograd.grad((loss, z), (logits, mu, log_sigma), (torch.ones_like(loss), torch.ones_like(z)))
+    networks = plain_network(c, stage)
 
-    return call
+    class Encoder(BaseEncoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = networks.encoder
+
+        def forward(self, x: Tensor) -> ModelOutput:
+            mu, log_sigma = self.net(x)
+            return ModelOutput(embedding=mu, log_covariance=2 * log_sigma)
+
+    class Decoder(BaseDecoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = networks.decoder
+
+        def forward(self, z: Tensor) -> ModelOutput:
+            recon = self.net(z)
+            return ModelOutput(reconstruction=torch.sigmoid(recon) if stage == 1 else recon)
+
+    data = images(c).permute(0, 3, 1, 2).float() / 255 if stage == 1 else latents(c)[0]
+    settings = VAEConfig(input_dim=tuple(data.shape[1:]), latent_dim=c.latents)
+    with tempfile.TemporaryDirectory() as folder:
+        config = BaseTrainerConfig(
+            output_dir=folder,
+            per_device_train_batch_size=c.batch,
+            learning_rate=c.lr,
+            no_cuda=device.type == "cpu",
+            amp=device.type == "cuda",
+        )
+        labels = torch.zeros(len(data))
+        trainer = BaseTrainer(
+            PythaeVAE(settings, Encoder(), Decoder()), BaseDataset(data, labels), training_config=config
+        )
+        trainer.prepare_training()
+    trainer.callback_handler.callbacks = []  # its progress bar
+
+    def run(steps: int) -> None:
+        trainer.train_loader = trainer.get_train_dataloader(BaseDataset(data[: steps * c.batch], labels))
+        trainer.train_step(1)
+
+    return run
 
 
-def eager(device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
-    """The same in plain PyTorch, with torch's own noise, gamma2 kept on the device."""
-    logits, target, mu, log_sigma, gamma2 = inputs(device, dtype)
-
-    def call() -> None:
-        sigma = log_sigma.exp()
-        z = mu + sigma * torch.randn_like(mu)
-        kl = 0.5 * (mu**2 + sigma**2 - 2 * log_sigma - 1).sum(1).mean()
-        sse = (torch.sigmoid(logits.float()) - target.float() / 255).square().sum() / 100
-        elements = logits[0].numel()
-        loss = sse / (2 * gamma2) + kl + elements / 2 * (gamma2.log() + math.log(2 * math.pi))
-        torch.autograd.grad((loss, z), (logits, mu, log_sigma), (torch.ones_like(loss), torch.ones_like(z)))
-        with torch.no_grad():
-            gamma2.copy_(torch.minimum(gamma2, 0.99 * gamma2 + 0.01 * sse / elements).clamp(min=1e-8))
-
-    return call
+CONTESTANTS: dict[str, Callable[[Config, int, torch.device], Run]] = {
+    "bvae": bvae,
+    "plain": plain,
+    "eager_amp": eager_amp,
+    "compile": compile_,
+    "pythae": pythae,
+}
 
 
 if __name__ == "__main__":

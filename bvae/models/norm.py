@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bvae import ops
+
 
 class BatchNorm2d(nn.Module):
     """Batch normalisation over [B,C,H,W] (per channel), affine.
@@ -67,6 +69,18 @@ class BatchNorm2d(nn.Module):
             self.running_var.lerp_(var * (count / (count - 1)), self.momentum)  # unbiased, as F.batch_norm keeps it
         scale = (self.weight * (var + self.eps).rsqrt()).view(-1, 1, 1)
         return ((x - mean.view(-1, 1, 1)) * scale + self.bias.view(-1, 1, 1)).to(x.dtype)
+
+
+class BatchNormReLU(BatchNorm2d):
+    """The same, followed by a ReLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.gather is not None:
+            return F.relu(super().forward(x))
+        self.running_weight.lerp_(torch.ones_like(self.running_weight), self.momentum)
+        return ops.batch_norm_relu(
+            x, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps
+        )
 
 
 def batch_norms(model: nn.Module) -> Iterator[BatchNorm2d]:

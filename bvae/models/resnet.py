@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bvae.models.conv import Conv3x3, ConvTranspose3x3
-from bvae.models.norm import BatchNorm2d
+from bvae.models.norm import BatchNormReLU
 
 MAX_DECODER_CHANNELS = 1024
 
@@ -27,15 +27,14 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.bn1 = BatchNorm2d(channels)
+        self.bn1 = BatchNormReLU(channels)
         self.conv1 = Conv3x3(channels, channels, cancelled=True)
-        self.bn2 = BatchNorm2d(channels)
+        self.bn2 = BatchNormReLU(channels)
         self.conv2 = Conv3x3(channels, channels)
         self.shortcut = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(F.relu(self.bn1(x)))
-        y = self.conv2(F.relu(self.bn2(y)))
+        y = self.conv2(self.bn2(self.conv1(self.bn1(x))))
         return y + self.shortcut(x)
 
 
