@@ -336,100 +336,145 @@ void widen(DType type, const void* x, float* out, int64_t n) {
   }
 }
 
-// Calls f(row, first channel, number of channels) so that one block of channels stays in the cache over kRows rows,
-// and flush(first channel, number) after them.
+// One number a channel, repeated up to kWide where there are few channels: several rows then pass as one long one.
+struct PerChannel {
+  alignas(64) float repeated[kWide];
+  const float* values;
+  PerChannel(const float* given, int64_t channels) : values(given) {
+    if (channels > kWide) return;
+    for (int i = 0; i < kWide; ++i) repeated[i] = given[i % channels];
+    values = repeated;
+  }
+};
+
+// Calls f(offset of the first element, first channel, number of elements) over [begin, end) rows, and after every few
+// calls flush(first channel, number of elements): what f adds up in float by place in its block is then to be moved.
 template <class F, class G>
 void by_channels(int64_t channels, int64_t begin, int64_t end, F f, G flush) {
+  if (channels <= kWide) {
+    const int64_t together = kWide / channels;
+    const int whole = static_cast<int>(together * channels);
+    for (int64_t r = begin; r < end; r += kRows * together) {
+      const int64_t last = end - r < kRows * together ? end : r + kRows * together;
+      for (int64_t row = r; row < last; row += together) {
+        f(row * channels, 0, last - row < together ? static_cast<int>((last - row) * channels) : whole);
+      }
+      flush(0, whole);
+    }
+    return;
+  }
   for (int64_t r = begin; r < end; r += kRows) {
     const int64_t last = end - r < kRows ? end : r + kRows;
     for (int64_t c = 0; c < channels; c += kWide) {
       const int n = static_cast<int>(channels - c < kWide ? channels - c : kWide);
-      for (int64_t row = r; row < last; ++row) f(row, c, n);
+      for (int64_t row = r; row < last; ++row) f(row * channels + c, c, n);
       flush(c, n);
     }
   }
 }
 
+// Two sums a channel, in float for a while.
+struct Pair {
+  alignas(64) float first[kWide] = {}, second[kWide] = {};
+  void move_to(double* sums, int64_t channels, int64_t c, int n) {
+    for (int i = 0; i < n; ++i) {
+      sums[(c + i) % channels] += first[i];
+      sums[channels + (c + i) % channels] += second[i];
+      first[i] = second[i] = 0.0f;
+    }
+  }
+};
+
 void moments(DType type, const void* x, const float* origin, double* sums, int64_t channels, int64_t begin,
              int64_t end) {
-  alignas(64) float buffer[kWide], first[kWide] = {}, second[kWide] = {};
+  alignas(64) float buffer[kWide];
+  const PerChannel origins(origin, channels);
+  Pair pair;
   by_channels(
       channels, begin, end,
-      [&](int64_t row, int64_t c, int n) {
-        const float* __restrict v = load<float>(type, x, row * channels + c, n, buffer);
-        const float* __restrict o = origin + c;
+      [&](int64_t at, int64_t c, int n) {
+        const float* __restrict v = load<float>(type, x, at, n, buffer);
+        const float* __restrict o = origins.values + c;
+        float* __restrict first = pair.first;
+        float* __restrict second = pair.second;
         for (int i = 0; i < n; ++i) {
           const float d = v[i] - o[i];
           first[i] += d;
           second[i] += d * d;
         }
       },
-      [&](int64_t c, int n) {
-        for (int i = 0; i < n; ++i) {
-          sums[c + i] += first[i];
-          sums[channels + c + i] += second[i];
-          first[i] = second[i] = 0.0f;
-        }
-      });
+      [&](int64_t c, int n) { pair.move_to(sums, channels, c, n); });
 }
 
 void scale_relu(DType type, const void* x, const float* mean, const float* scale, const float* bias, void* y,
                 int64_t channels, int64_t begin, int64_t end) {
   alignas(64) float buffer[kWide], results[kWide];
+  const PerChannel means(mean, channels), scales(scale, channels), biases(bias, channels);
   by_channels(
       channels, begin, end,
-      [&](int64_t row, int64_t c, int n) {
-        const float* __restrict v = load<float>(type, x, row * channels + c, n, buffer);
-        float* __restrict out = place<float>(type, y, row * channels + c, results);
+      [&](int64_t at, int64_t c, int n) {
+        const float* __restrict v = load<float>(type, x, at, n, buffer);
+        const float* __restrict m = means.values + c;
+        const float* __restrict s = scales.values + c;
+        const float* __restrict b = biases.values + c;
+        float* __restrict out = place<float>(type, y, at, results);
         for (int i = 0; i < n; ++i) {
-          const float t = (v[i] - mean[c + i]) * scale[c + i] + bias[c + i];
+          const float t = (v[i] - m[i]) * s[i] + b[i];
           out[i] = t < 0.0f ? 0.0f : t;  // NaN stays
         }
-        store(type, y, row * channels + c, n, out);
+        store(type, y, at, n, out);
       },
       [](int64_t, int) {});
 }
 
 void gradient_moments(DType type, const void* grad, const void* x, const float* mean, const float* scale,
                       const float* bias, double* sums, int64_t channels, int64_t begin, int64_t end) {
-  alignas(64) float buffer[kWide], grads[kWide], first[kWide] = {}, second[kWide] = {};
+  alignas(64) float buffer[kWide], grads[kWide];
+  const PerChannel means(mean, channels), scales(scale, channels), biases(bias, channels);
+  Pair pair;
   by_channels(
       channels, begin, end,
-      [&](int64_t row, int64_t c, int n) {
-        const float* __restrict v = load<float>(type, x, row * channels + c, n, buffer);
-        const float* __restrict g = load<float>(type, grad, row * channels + c, n, grads);
+      [&](int64_t at, int64_t c, int n) {
+        const float* __restrict v = load<float>(type, x, at, n, buffer);
+        const float* __restrict g = load<float>(type, grad, at, n, grads);
+        const float* __restrict m = means.values + c;
+        const float* __restrict s = scales.values + c;
+        const float* __restrict b = biases.values + c;
+        float* __restrict first = pair.first;
+        float* __restrict second = pair.second;
         for (int i = 0; i < n; ++i) {
-          const float d = v[i] - mean[c + i];
-          const float passed = d * scale[c + i] + bias[c + i] > 0.0f ? g[i] : 0.0f;
+          const float d = v[i] - m[i];
+          const float passed = d * s[i] + b[i] > 0.0f ? g[i] : 0.0f;
           first[i] += passed;
           second[i] += passed * d;
         }
       },
-      [&](int64_t c, int n) {
-        for (int i = 0; i < n; ++i) {
-          sums[c + i] += first[i];
-          sums[channels + c + i] += second[i];
-          first[i] = second[i] = 0.0f;
-        }
-      });
+      [&](int64_t c, int n) { pair.move_to(sums, channels, c, n); });
 }
 
 void scale_relu_grad(DType type, const void* grad, const void* x, const float* mean, const float* scale,
                      const float* bias, const float* slope, const float* constant, void* grad_x, int64_t channels,
                      int64_t begin, int64_t end) {
   alignas(64) float buffer[kWide], grads[kWide], results[kWide];
+  const PerChannel means(mean, channels), scales(scale, channels), biases(bias, channels), slopes(slope, channels),
+      constants(constant, channels);
   by_channels(
       channels, begin, end,
-      [&](int64_t row, int64_t c, int n) {
-        const float* __restrict v = load<float>(type, x, row * channels + c, n, buffer);
-        const float* __restrict g = load<float>(type, grad, row * channels + c, n, grads);
-        float* __restrict out = place<float>(type, grad_x, row * channels + c, results);
+      [&](int64_t at, int64_t c, int n) {
+        const float* __restrict v = load<float>(type, x, at, n, buffer);
+        const float* __restrict g = load<float>(type, grad, at, n, grads);
+        const float* __restrict m = means.values + c;
+        const float* __restrict s = scales.values + c;
+        const float* __restrict b = biases.values + c;
+        const float* __restrict k = slopes.values + c;
+        const float* __restrict o = constants.values + c;
+        float* __restrict out = place<float>(type, grad_x, at, results);
         for (int i = 0; i < n; ++i) {
-          const float d = v[i] - mean[c + i];
-          const float passed = d * scale[c + i] + bias[c + i] > 0.0f ? g[i] : 0.0f;
-          out[i] = scale[c + i] * passed - slope[c + i] * d - constant[c + i];
+          const float d = v[i] - m[i];
+          const float passed = d * s[i] + b[i] > 0.0f ? g[i] : 0.0f;
+          out[i] = s[i] * passed - k[i] * d - o[i];
         }
-        store(type, grad_x, row * channels + c, n, out);
+        store(type, grad_x, at, n, out);
       },
       [](int64_t, int) {});
 }
