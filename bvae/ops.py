@@ -21,6 +21,7 @@ __all__ = [
     "EXTENSION_ERROR",
     "BalancedLossOut",
     "SampleKL",
+    "adam",
     "balanced_loss",
     "batch_norm_relu",
     "gather",
@@ -28,6 +29,7 @@ __all__ = [
     "philox_normal",
     "philox_words",
     "sample_kl",
+    "square_sum",
     "update_gamma2",
 ]
 
@@ -38,6 +40,9 @@ if EXTENSION_ERROR is not None:
     )
 
 _raw = torch.ops.bvae
+# An extension built before these were there still serves for the rest.
+FUSED_CPU_TRAINING = EXTENSION_ERROR is None and hasattr(_raw, "batch_norm_relu") and hasattr(_raw, "adam")
+"""whether batch_norm_relu and Adam with bf16 copies are there, for a CPU"""
 
 
 # ---- double backward ------------------------------------------------------------------------------------------------
@@ -307,7 +312,7 @@ def batch_norm_relu(
         y, like x.
     """
     if (
-        EXTENSION_ERROR is None
+        FUSED_CPU_TRAINING
         and x.is_cpu
         and x.numel() > 0
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -316,6 +321,39 @@ def batch_norm_relu(
     ):
         return _BatchNormReLU.apply(x, weight, bias, running_mean, running_var, momentum, eps)
     return reference.batch_norm_relu(x, weight, bias, running_mean, running_var, momentum, eps)
+
+
+# ---- Adam on the CPU ------------------------------------------------------------------------------------------------
+
+
+def square_sum(t: Tensor) -> Tensor:
+    """Sum of squares of a dense tensor on the CPU, a float64 scalar; squares and short sums are taken in float32."""
+    return _raw.square_sum(t)
+
+
+def adam(
+    parameter: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    half: Tensor | None,
+    *,
+    step: float,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """One step of Adam (Kingma & Ba 2015) in place, on the CPU, as torch.optim.Adam takes it, with the extension only.
+
+    Args:
+        parameter, exp_avg, exp_avg_sq: float32, dense, of one layout.
+        grad: float32, bfloat16 or float16, of the parameter's shape; where its layout is another it is copied.
+        half: bfloat16 in the parameter's layout, to become its copy.
+        step: counted from 1.
+    """
+    if grad.stride() != parameter.stride():
+        grad = torch.empty_like(parameter, dtype=grad.dtype).copy_(grad)
+    _raw.adam(parameter, grad, exp_avg, exp_avg_sq, half, step, lr, *betas, eps)
 
 
 # ---- shapes without data, for torch.compile -------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from torch import Tensor
 from bvae import ops
 from bvae.balance import GaussianVAELoss, Loss
 from bvae.checkpoint import prefixed, under
+from bvae.models.half import halved_weights
 from bvae.models.norm import flatten_statistics
 from bvae.models.vae import VAE
 from bvae.world import ALONE, World
@@ -101,32 +102,74 @@ class Step:
             step = torch.zeros((), device=p.device)
             self.optimizer.state[p] = {"step": step, "exp_avg": like, "exp_avg_sq": like.clone()}
         self.statistics = flatten_statistics(model)
+        # torch's Adam takes gradients of the parameters' own type only, and its gate costs another pass over them.
+        self.halves = amp and rng.device.type == "cpu" and world.size == 1 and ops.FUSED_CPU_TRAINING
+        penalised = {id(w) for w in l2_kernels}
+        self.halved = [p for p in halved_weights(model) if id(p) not in penalised] if self.halves else []
+        for p in model.parameters():
+            p.__dict__.pop("bf16_copy", None)  # of an earlier Step over the same model
+        for p in self.halved:
+            p.bf16_copy = p.detach().to(torch.bfloat16).requires_grad_()  # type: ignore[attr-defined]
+            p.copied_at = p._version  # type: ignore[attr-defined]
         self.sums = Sums(latents, rng.device)
 
     def set_lr(self, lr: float) -> None:
         self.lr.fill_(lr)
 
     def __call__(self, x: Tensor, target: Tensor) -> None:
+        for p in self.halved:
+            if p.copied_at != p._version:  # type: ignore[attr-defined]  # somebody loaded other weights
+                p.bf16_copy.data.copy_(p)  # type: ignore[attr-defined]
+                p.copied_at = p._version  # type: ignore[attr-defined]
         before = [(t, t.clone()) for t in (self.statistics, self.loss.gamma2)]
         loss, moments = vae_loss(self.model, self.loss, x, target, self.rng, self.amp, self.first_sample)
         total = loss.loss
         if self.l2_kernels:
             total = total + self.l2 * torch.stack([w.square().sum() for w in self.l2_kernels]).sum()
-        self.optimizer.zero_grad()
+        self._zero_grad()
         total.backward()
         total = total.detach()
         if self.world.size > 1:
             loss, total, moments = self._exchange(loss, total, moments)
 
         # An infinite or NaN gradient makes the norm so: the whole step is then undone, on the device.
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        good = norm.isfinite() & total.isfinite()
-        # What torch's own GradScaler sets: the fused kernels then leave parameters and moments alone.
-        self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
-        self.optimizer.step()
+        if self.halves:
+            good = self._fused_adam(total)
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            good = norm.isfinite() & total.isfinite()
+            # What torch's own GradScaler sets: the fused kernels then leave parameters and moments alone.
+            self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
         for tensor, value in before:
             tensor.copy_(torch.where(good, tensor, value))
         self.sums.add(loss, moments, good)
+
+    def _zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+        for p in self.halved:
+            p.bf16_copy.grad = None  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def _fused_adam(self, total: Tensor) -> Tensor:
+        """Adam where bf16 copies of the weights have the gradients; returns whether the step was finite."""
+        gradients = []
+        for p in self.parameters:
+            half = getattr(p, "bf16_copy", None)
+            gradient = p.grad if half is None else half.grad
+            if gradient is not None:
+                gradients.append((p, half, gradient))
+        norm2 = torch.stack([ops.square_sum(gradient) for _, _, gradient in gradients]).sum()
+        good = norm2.isfinite() & total.isfinite()
+        if good:
+            lr = self.lr.item()
+            for p, half, gradient in gradients:
+                state = self.optimizer.state[p]
+                state["step"] += 1
+                step = state["step"].item()
+                moments = state["exp_avg"], state["exp_avg_sq"]
+                ops.adam(p, gradient, *moments, half, step=step, lr=lr, betas=BETAS, eps=EPS)
+        return good
 
     def _exchange(self, loss: Loss, total: Tensor, moments: Tensor) -> tuple[Loss, Tensor, Tensor]:
         """Makes gradients, statistics and gamma2 those of the whole batch, in one all-reduce; returns its figures.

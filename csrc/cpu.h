@@ -49,6 +49,13 @@ struct CpuLoops {
   void (*scale_relu_grad)(DType type, const void* grad, const void* x, const float* mean, const float* scale,
                           const float* bias, const float* slope, const float* constant, void* grad_x, int64_t channels,
                           int64_t begin, int64_t end);
+
+  // Sum of squares of the elements [begin, end).
+  double (*square_sum)(DType type, const void* data, int64_t begin, int64_t end);
+  // Adam on the elements [begin, end): step_size = lr / (1 - beta1^t), inverse = 1 / sqrt(1 - beta2^t). `half`, if not
+  // null, is a bf16 copy of the parameters.
+  void (*adam)(DType type, const void* grad, float* parameter, float* exp_avg, float* exp_avg_sq, uint16_t* half,
+               float beta1, float beta2, float step_size, float inverse, float eps, int64_t begin, int64_t end);
 };
 
 const CpuLoops& cpu_loops();

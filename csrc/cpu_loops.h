@@ -479,9 +479,44 @@ void scale_relu_grad(DType type, const void* grad, const void* x, const float* m
       [](int64_t, int) {});
 }
 
+// ---- Adam ----------------------------------------------------------------------------------------------------------
+
+double square_sum(DType type, const void* data, int64_t begin, int64_t end) {
+  alignas(64) float buffer[kBlock], squares[kBlock];
+  double total = 0.0;
+  for (int64_t b = begin; b < end; b += kBlock) {
+    const int n = static_cast<int>(end - b < kBlock ? end - b : kBlock);
+    const float* __restrict v = load<float>(type, data, b, n, buffer);
+    for (int i = 0; i < n; ++i) squares[i] = v[i] * v[i];
+    total += lane_sum(squares, n);
+  }
+  return total;
+}
+
+void adam(DType type, const void* grad, float* parameter, float* exp_avg, float* exp_avg_sq, uint16_t* half,
+          float beta1, float beta2, float step_size, float inverse, float eps, int64_t begin, int64_t end) {
+  alignas(64) float buffer[kBlock];
+  for (int64_t b = begin; b < end; b += kBlock) {
+    const int n = static_cast<int>(end - b < kBlock ? end - b : kBlock);
+    const float* __restrict g = load<float>(type, grad, b, n, buffer);
+    float* __restrict p = parameter + b;
+    float* __restrict m = exp_avg + b;
+    float* __restrict v = exp_avg_sq + b;
+    for (int i = 0; i < n; ++i) {
+      m[i] = beta1 * m[i] + (1.0f - beta1) * g[i];
+      v[i] = beta2 * v[i] + (1.0f - beta2) * g[i] * g[i];
+      p[i] -= step_size * m[i] / (__builtin_sqrtf(v[i]) * inverse + eps);
+    }
+    if (half != nullptr) {
+      uint16_t* __restrict h = half + b;
+      for (int i = 0; i < n; ++i) h[i] = bf16_from_float(p[i]);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace bvae
 
 #define BVAE_CPU_LOOPS(table) \
   extern const ::bvae::CpuLoops table = {BVAE_CPU_NAME, sse, sse_grad, sample, sample_grad, noise, gather, \
-                                           widen, moments, scale_relu, gradient_moments, scale_relu_grad}
+                                           widen, moments, scale_relu, gradient_moments, scale_relu_grad, square_sum, adam}

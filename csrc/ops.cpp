@@ -31,6 +31,10 @@ STABLE_TORCH_LIBRARY(bvae, m) {
   m.def(
       "batch_norm_relu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor invstd) "
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+  m.def("square_sum(Tensor t) -> Tensor");
+  m.def(
+      "adam(Tensor(a!) parameter, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? half, "
+      "float step, float lr, float beta1, float beta2, float eps) -> ()");
 }
 
 // One function serves both devices. It is registered for CUDA in a CPU-only build too, where it names the remedy.
@@ -49,6 +53,8 @@ STABLE_TORCH_LIBRARY_IMPL(bvae, CPU, m) {
   register_kernels(m);
   m.impl("batch_norm_relu", TORCH_BOX(&bvae::batch_norm_relu));
   m.impl("batch_norm_relu_backward", TORCH_BOX(&bvae::batch_norm_relu_backward));
+  m.impl("square_sum", TORCH_BOX(&bvae::square_sum));
+  m.impl("adam", TORCH_BOX(&bvae::adam));
 }
 STABLE_TORCH_LIBRARY_IMPL(bvae, CUDA, m) { register_kernels(m); }
 

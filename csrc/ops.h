@@ -35,4 +35,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward(const Tensor& grad, 
                                                             const Tensor& bias, const Tensor& mean,
                                                             const Tensor& invstd);
 
+Tensor square_sum(const Tensor& t);
+void adam(Tensor parameter, const Tensor& grad, Tensor exp_avg, Tensor exp_avg_sq, std::optional<Tensor> half,
+          double step, double lr, double beta1, double beta2, double eps);
+
 }  // namespace bvae

@@ -153,6 +153,34 @@ def test_amp_trains_float32_weights():
     assert not torch.equal(step.sums.parts, full.sums.parts)  # or autocast was never on
 
 
+@pytest.mark.skipif(not ops.FUSED_CPU_TRAINING, reason="needs the extension")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_bf16_copies_change_no_more_than_roundings(stage, monkeypatch):
+    """The same steps with torch's Adam, and weights and gradients cast by autocast."""
+    steps = []
+    for fused in (True, False):
+        monkeypatch.setattr(ops, "FUSED_CPU_TRAINING", fused)
+        torch.manual_seed(0)
+        model = (first_stage if stage == 1 else second_stage)(CONFIG)
+        step = Step(model, make_loss("computed", logits=stage == 1), ops.make_rng(7), 3, True, 0.0, [])
+        step.set_lr(1e-3)
+        assert bool(step.halved) == fused
+        for seed in range(5):
+            x, target = batch(seed) if stage == 1 else (torch.randn(6, 3, generator=step_noise(seed)),) * 2
+            step(x.bfloat16() if stage == 1 else x, target)
+        steps.append(step)
+    for (name, a), b in zip(steps[0].model.named_parameters(), steps[1].model.parameters(), strict=True):
+        assert (a - b).abs().max() <= 5.5 * 1e-3, name  # five steps of at most lr
+        if hasattr(a, "bf16_copy"):
+            assert torch.equal(a.bf16_copy, a.bfloat16()), name
+    torch.testing.assert_close(steps[0].sums.parts, steps[1].sums.parts, rtol=0.02, atol=0.02)
+    assert all(p.grad is None for p in steps[0].halved), "the copies take the gradients"
+
+
+def step_noise(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 def test_the_second_stage_trains_by_the_same_step():
     torch.manual_seed(0)
     model = second_stage(CONFIG)

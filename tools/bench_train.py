@@ -47,6 +47,7 @@ from bvae.config import Config, find_preset
 from bvae.graph import make_runner
 from bvae.machine import describe_device, has_bf16, pick_device, versions
 from bvae.models.conv import Conv3x3, ConvTranspose3x3
+from bvae.models.half import Linear
 from bvae.models.norm import BatchNormReLU
 from bvae.models.vae import VAE, first_stage, l2_kernels, second_stage
 from bvae.step import Step
@@ -238,6 +239,8 @@ def with_plain_layers(module: Any) -> Any:
                 plain = nn.Conv2d(child.in_channels, child.out_channels, 3, child.stride, 1)  # type: ignore[arg-type]
             case ConvTranspose3x3():
                 plain = nn.ConvTranspose2d(child.in_channels, child.out_channels, 3, 2, 1, 1)
+            case Linear():
+                plain = nn.Linear(child.in_features, child.out_features)
             case BatchNormReLU():
                 plain = nn.BatchNorm2d(len(child.weight), child.eps, child.momentum)
                 plain.load_state_dict(child.state_dict(), strict=False)  # ours keeps one number more

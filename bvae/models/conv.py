@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bvae.models.half import Halved, half_of
+
 SHORT_ROW = 16  # pixels; from here on oneDNN is faster
 
 
@@ -78,7 +80,7 @@ def _call(x: Tensor, weight: Tensor, bias: Tensor, stride: int, transposed: bool
     return _Convolution.apply(x, weight, bias, stride, transposed)
 
 
-class Conv3x3(nn.Conv2d):
+class Conv3x3(Halved, nn.Conv2d):
     """[B,C,H,W] -> [B,D,H/stride,W/stride], padding 1; the stride divides H and W.
 
     Args:
@@ -94,12 +96,13 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias.detach() if self.cancelled else self.bias
+        weight = half_of(self.weight)
         if _ours(x, x.shape[3] // self.stride[0]):
-            return _call(x, self.weight, bias, self.stride[0], False)
-        return self._conv_forward(x, self.weight, bias)
+            return _call(x, weight, bias, self.stride[0], False)
+        return self._conv_forward(x, weight, bias)
 
 
-class ConvTranspose3x3(nn.ConvTranspose2d):
+class ConvTranspose3x3(Halved, nn.ConvTranspose2d):
     """[B,C,H,W] -> [B,D,2H,2W]."""
 
     bias: Tensor
@@ -108,6 +111,7 @@ class ConvTranspose3x3(nn.ConvTranspose2d):
         super().__init__(inputs, outputs, 3, stride=2, padding=1, output_padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        weight = half_of(self.weight)
         if _ours(x, x.shape[3]):
-            return _call(x, self.weight, self.bias, 2, True)
-        return super().forward(x)
+            return _call(x, weight, self.bias, 2, True)
+        return F.conv_transpose2d(x, weight, self.bias, 2, 1, 1)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bvae.models.half import Linear
 from bvae.models.resnet import glorot_
 
 
@@ -15,7 +16,7 @@ class _DenseTrunk(nn.Module):
     def __init__(self, inputs: int, hidden: int, depth: int) -> None:
         super().__init__()
         widths = [inputs] + [hidden] * depth
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         h = x

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bvae.models.conv import Conv3x3, ConvTranspose3x3
+from bvae.models.half import Linear
 from bvae.models.norm import BatchNormReLU
 
 MAX_DECODER_CHANNELS = 1024
@@ -43,9 +44,9 @@ class DenseResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
-        self.dense1 = nn.Linear(inputs, width)
-        self.dense2 = nn.Linear(width, width)
-        self.shortcut = nn.Linear(inputs, width)
+        self.dense1 = Linear(inputs, width)
+        self.dense2 = Linear(width, width)
+        self.shortcut = Linear(inputs, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dense2(F.relu(self.dense1(F.relu(x)))) + self.shortcut(x)
@@ -95,7 +96,7 @@ class ResNetDecoder(nn.Module):
         doublings = int(math.log2(side)) - 1  # from 2x2 to side x side
         widths = [min(base << i, MAX_DECODER_CHANNELS) for i in range(doublings, -1, -1)]
         self.width0 = widths[0]
-        self.fc = nn.Linear(latents, 4 * widths[0])
+        self.fc = Linear(latents, 4 * widths[0])
         self.upsample = nn.ModuleList()
         self.scales = nn.ModuleList()
         for wide, narrow in pairwise(widths):
