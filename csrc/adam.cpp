@@ -49,8 +49,7 @@ void adam(Tensor parameter, const Tensor& grad, Tensor exp_avg, Tensor exp_avg_s
   const float step_size = static_cast<float>(lr / (1.0 - std::pow(beta1, step)));
   const float inverse = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, step)));
   torch::stable::parallel_for(0, parameter.numel(), kPiece, [&](int64_t begin, int64_t end) {
-    cpu_loops().adam(type, g, p, m, v, copy, static_cast<float>(beta1), static_cast<float>(beta2), step_size, inverse,
-                     static_cast<float>(eps), begin, end);
+    cpu_loops().adam(type, g, p, m, v, copy, beta1, beta2, step_size, inverse, static_cast<float>(eps), begin, end);
   });
 }
 

@@ -55,7 +55,7 @@ struct CpuLoops {
   // Adam on the elements [begin, end): step_size = lr / (1 - beta1^t), inverse = 1 / sqrt(1 - beta2^t). `half`, if not
   // null, is a bf16 copy of the parameters.
   void (*adam)(DType type, const void* grad, float* parameter, float* exp_avg, float* exp_avg_sq, uint16_t* half,
-               float beta1, float beta2, float step_size, float inverse, float eps, int64_t begin, int64_t end);
+               double beta1, double beta2, float step_size, float inverse, float eps, int64_t begin, int64_t end);
 };
 
 const CpuLoops& cpu_loops();

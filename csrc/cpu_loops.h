@@ -494,8 +494,11 @@ double square_sum(DType type, const void* data, int64_t begin, int64_t end) {
 }
 
 void adam(DType type, const void* grad, float* parameter, float* exp_avg, float* exp_avg_sq, uint16_t* half,
-          float beta1, float beta2, float step_size, float inverse, float eps, int64_t begin, int64_t end) {
+          double beta1, double beta2, float step_size, float inverse, float eps, int64_t begin, int64_t end) {
   alignas(64) float buffer[kBlock];
+  // 1 - beta in double: 0.999 rounded to float would put an error of 5e-5 into it.
+  const float old1 = static_cast<float>(beta1), new1 = static_cast<float>(1.0 - beta1);
+  const float old2 = static_cast<float>(beta2), new2 = static_cast<float>(1.0 - beta2);
   for (int64_t b = begin; b < end; b += kBlock) {
     const int n = static_cast<int>(end - b < kBlock ? end - b : kBlock);
     const float* __restrict g = load<float>(type, grad, b, n, buffer);
@@ -503,8 +506,8 @@ void adam(DType type, const void* grad, float* parameter, float* exp_avg, float*
     float* __restrict m = exp_avg + b;
     float* __restrict v = exp_avg_sq + b;
     for (int i = 0; i < n; ++i) {
-      m[i] = beta1 * m[i] + (1.0f - beta1) * g[i];
-      v[i] = beta2 * v[i] + (1.0f - beta2) * g[i] * g[i];
+      m[i] = old1 * m[i] + new1 * g[i];
+      v[i] = old2 * v[i] + new2 * g[i] * g[i];
       p[i] -= step_size * m[i] / (__builtin_sqrtf(v[i]) * inverse + eps);
     }
     if (half != nullptr) {
