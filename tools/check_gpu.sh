@@ -35,7 +35,8 @@ if [ "$device" = cuda ]; then
     done
 fi
 run bench_kernels python tools/bench_kernels.py --device "$device" --json "$out/bench_kernels.json"
-run bench_stream python tools/bench_stream.py --device "$device" --rounds 10 --steps 500 --json "$out/bench_stream.json"
+run bench_stream python tools/bench_stream.py --device "$device" --steps $([ "$device" = cuda ] && echo 500 || echo 20) \
+    --json "$out/bench_stream.json"
 run bench_train python tools/bench_train.py --device "$device" --json "$out/bench_train.json"
 run shapes python -m bvae.train --device "$device" --out "$out/shapes"
 if [ -n "$cifar" ]; then
