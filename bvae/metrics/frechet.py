@@ -3,7 +3,8 @@
     d = |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)
 
 S1 = A A^T gives (S1 S2)^(1/2) the trace of (A^T S2 A)^(1/2), a symmetric eigenproblem: real, and exact where a
-covariance does not have full rank, which is where iterations for the matrix square root fail.
+covariance does not have full rank, which is where iterations for the matrix square root fail. A is S1's Cholesky
+factor, or where it has none, not being of full rank, what its eigenvectors give.
 """
 
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor
 def frechet_distance(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> float:
     """The distance between Gaussians of means [d] and covariances [d,d], in float64 on the tensors' device."""
     mu1, cov1, mu2, cov2 = (t.double() for t in (mu1, cov1, mu2, cov2))
-    values, vectors = torch.linalg.eigh(cov1)
+    a, failed = torch.linalg.cholesky_ex(cov1)
+    if failed:
+        values, vectors = torch.linalg.eigh(cov1)
+        kept = values > _noise(values)
+        a = vectors[:, kept] * values[kept].sqrt()
     # What rounding leaves of eigenvalues that are 0 would come out as its square root, far larger.
-    kept = values > _noise(values)
-    a = vectors[:, kept] * values[kept].sqrt()
     product = torch.linalg.eigvalsh(a.T @ cov2 @ a)
     cross = product[product > _noise(product)].sqrt().sum()
     return _distance(mu1, mu2, cov1.trace(), cov2.trace(), cross)
