@@ -30,6 +30,17 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 MAX_PIXELS = 2**26  # of one file, 8192 x 8192: a small file can claim to be far larger and fill the memory
 CHUNKS_PER_WORKER = 3  # drawn and not yet taken: one at work, one waiting, one done
 
+WORKER_ENVIRONMENT = {
+    # One thread each: the workers themselves fill the cores.
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    # glibc keeps what an image took for the next one, instead of giving it back to the system in between.
+    "MALLOC_TOP_PAD_": str(2**24),
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),
+    "MALLOC_TRIM_THRESHOLD_": str(2**26),
+}
+
 
 def decode_image(data: bytes, recipe: Recipe) -> np.ndarray:
     """One encoded image -> uint8 [size, size, channels].
@@ -188,8 +199,7 @@ class _Worker:
                     [sys.executable, "-c", code, str(theirs.fileno()), json.dumps(sys.path)],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
-                    # One thread each: the workers themselves fill the cores.
-                    env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+                    env=os.environ | WORKER_ENVIRONMENT,
                     process_group=0,  # Ctrl-C is the parent's; it ends its workers
                 )
             except OSError as error:
