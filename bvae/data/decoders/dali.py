@@ -1,7 +1,7 @@
 """NVIDIA DALI as the JPEG decoder. The resize stays Pillow's, so that the backends differ in nothing else.
 
-DALI's own resize treats the edge in another way: it repeats the outermost pixel where Pillow lets the filter end. Its decoding on the CPU gives Pillow's pixels, bit for bit, and decodes
-little more than the crop.
+DALI's own resize treats the edge in another way: it repeats the outermost pixel where Pillow lets the filter end. Its
+decoding on the CPU gives Pillow's pixels, bit for bit, and decodes little more than the crop.
 """
 
 import importlib
