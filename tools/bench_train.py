@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     names = [n for n in args.contestants if n != "pythae" or importlib.util.find_spec("pythae")]
     figures: dict[str, Any] = {}
     report = {
-        "command": " ".join(["python", "tools/bench_train.py", *(sys.argv[1:] if argv is None else argv)]),
+        "command": command(sys.argv[1:] if argv is None else argv),
         "device": describe_device(device),
         "bf16": has_bf16(device),
         "versions": versions() | pythae_version(names),
@@ -104,6 +104,15 @@ def main(argv: list[str] | None = None) -> None:
     figures.update(figures["stage1"])
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def command(argv: list[str]) -> str:
+    """What was run, less where its result went."""
+    words = ["python", "tools/bench_train.py", *argv]
+    if "--json" in words:
+        at = words.index("--json")
+        del words[at : at + 2]
+    return " ".join(words)
 
 
 def configure(recipe: str, quick: bool) -> Config:
@@ -186,8 +195,8 @@ def peak_memory(
 
 
 def memory_in_a_process(recipe: str, stage: int, name: str, device: str, quick: bool) -> float | None:
-    command = [sys.executable, __file__, "--device", device, "--memory-of", recipe, str(stage), name]
-    done = subprocess.run(command + ["--quick"] * quick, capture_output=True, text=True)
+    words = [sys.executable, __file__, "--device", device, "--memory-of", recipe, str(stage), name]
+    done = subprocess.run(words + ["--quick"] * quick, capture_output=True, text=True)
     lines = done.stdout.split()
     return float(lines[-1]) if done.returncode == 0 and lines else None
 

@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
                 results[name].append(final(out))
                 print(f"{name}, seed {seed}: {results[name][-1]}", flush=True)
     report = {
-        "command": " ".join(["python", "tools/check_precision.py", *(sys.argv[1:] if argv is None else argv)]),
+        "seeds": args.seeds,
+        "arguments": args.arguments,
         "device": describe_device(device),
         "versions": versions(),
         "results": results,

@@ -1,0 +1,96 @@
+"""The benchmark's contestants do the same work; its table says what its JSON says."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bvae import ops
+
+ROOT = Path(__file__).parents[1]
+
+
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+bench = tool("bench_train")
+table = tool("bench_table")
+precision = tool("check_precision")
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_plain_network_is_ours(stage):
+    c = bench.configure("celeba", quick=True)
+    ours, plain = bench.network(c, stage), bench.plain_network(c, stage)
+    assert not [type(m) for m in plain.modules() if type(m).__module__ in ("bvae.models.conv", "bvae.models.half")]
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in plain.parameters())
+    x = torch.rand(5, c.channels, c.side, c.side) if stage == 1 else torch.randn(5, c.latents)
+    for a, b in zip(ours.encoder(x), plain.encoder(x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    z = torch.randn(5, c.latents)
+    torch.testing.assert_close(ours.decoder(z), plain.decoder(z), rtol=1e-4, atol=1e-5)
+
+
+def test_a_quick_measurement_and_its_table(tmp_path, monkeypatch, needs_extension):
+    monkeypatch.setattr(bench, "SAMPLES", 60)
+    monkeypatch.setattr(bench, "memory_in_a_process", lambda *args: 100.0)
+    names = ["bvae", "plain", "eager_amp"] + ["pythae"] * bool(importlib.util.find_spec("pythae"))
+    path = tmp_path / "bench.json"
+    bench.main(["--quick", "--device", "cpu", "--recipes", "cifar10", "--contestants", *names, "--json", str(path)])
+    report = json.loads(path.read_text())
+    for stage in ("stage1", "stage2"):
+        assert list(report["cpu"][stage]) == names
+        assert all(rate > 0 for rate in report["cpu"][stage].values())
+    assert {name: report["cpu"][name] for name in names} == report["cpu"]["stage1"]
+    text = table.describe(report)
+    assert text.count("| `cifar10`, stage ") == 2
+    assert f"| {report['cpu']['bvae']:,.0f} |" in text
+    shown = table.inserted(f"before\n{table.BEGIN}{table.END}\nafter", text)
+    assert table.inserted(shown, text) == shown
+    assert shown.startswith("before\n") and shown.endswith("\nafter")
+    assert table.inserted(shown, "other") != shown
+
+
+def test_the_documents_show_what_the_json_says(capsys):
+    assert table.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_peak_memory_is_of_the_process(needs_extension):
+    c = bench.configure("cifar10", quick=True)
+    assert 50 < bench.peak_memory(bench.plain, c, 2, torch.device("cpu")) < 20_000
+
+
+TINY = [
+    "--preset", "shapes", "--side", "16", "--shapes-train", "300", "--shapes-test", "60", "--scales", "2",
+    "--base", "4", "--latents", "4", "--fc", "16", "--hidden", "16", "--epochs", "4", "--epochs2", "2", "--lr", "3e-3",
+    "--bn-batches", "6", "--eval-every", "0",
+]  # fmt: skip
+
+
+def test_bf16_ends_where_fp32_does(tmp_path):
+    """A short variant of tools/check_precision.py: within 10 % of the reference, not within its range."""
+    path = tmp_path / "p.json"
+    precision.main(["--seeds", "2", "--device", "cpu", "--json", str(path), "--", *TINY])
+    compared = [c for c in json.loads(path.read_text())["compared"] if c["way"] == "bf16"]
+    assert len(compared) == 6
+    for c in compared:
+        assert abs(c["mean"] - c["reference"]) <= 0.1 * abs(c["reference"]) + 0.5 * c["figure"].endswith("inactive"), c
+
+
+def test_what_lies_outside_the_reference_is_told():
+    results = {"fp32": [{"mse": 1.0}, {"mse": 2.0}], "bf16": [{"mse": 2.0}, {"mse": 2.5}]}
+    assert [c["within"] for c in precision.compare(results)] == [True, False]
+
+
+def test_without_an_extension_nothing_is_measured(monkeypatch):
+    monkeypatch.setattr(ops, "EXTENSION_ERROR", "not built")
+    with pytest.raises(SystemExit, match="nothing to measure"):
+        bench.main(["--quick"])

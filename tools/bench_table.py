@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""Writes the table of benchmarks/bench_train-*.json into the documents, between their markers.
+
+    python tools/bench_table.py [--check] [DOCUMENT ...]      README.md and docs/throughput.md by default
+
+A document takes part with the two lines
+
+    <!-- bench_train -->
+    <!-- /bench_train -->
+
+--check changes nothing and ends with exit code 1 where a document does not show what the JSON files say.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- bench_train -->\n", "<!-- /bench_train -->"
+NAMES = {
+    "bvae": "bvae",
+    "plain": "plain loop",
+    "eager_amp": "eager AMP",
+    "compile": "torch.compile",
+    "pythae": "pythae",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("documents", nargs="*", type=Path)
+    args = parser.parse_args(argv)
+    documents = args.documents or [p for p in (ROOT / "README.md", ROOT / "docs/throughput.md") if p.exists()]
+    reports = [json.loads(p.read_text()) for p in sorted((ROOT / "benchmarks").glob("bench_train-*.json"))]
+    table = "\n".join(map(describe, reports))
+    stale = []
+    for document in documents:
+        text = document.read_text()
+        if (written := inserted(text, table)) != text:
+            stale.append(document)
+            if not args.check:
+                document.write_text(written)
+    for document in stale:
+        print(f"{document}: {'does not show what the JSON files say' if args.check else 'written'}")
+    return 1 if args.check and stale else 0
+
+
+def inserted(text: str, table: str) -> str:
+    """`text` with `table` between its markers; as it is where it has none."""
+    if BEGIN not in text:
+        return text
+    before, rest = text.split(BEGIN, 1)
+    return f"{before}{BEGIN}{table}{END}{rest.split(END, 1)[1]}"
+
+
+def describe(report: dict) -> str:
+    """One measurement as a Markdown table with its circumstances."""
+    device = "cuda" if "cuda" in report else "cpu"
+    recipes = [(r, s) for r, stages in report[device].items() if r not in ("stage1", "stage2") for s in rows(stages)]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    names = [n for n in NAMES if any(n in report[device][r][s] for r, s in recipes)]
+    lines = [
+        "| images/s | " + " | ".join(NAMES[n] for n in names) + " |",
+        "|---|" + "---|" * len(names),
+    ]
+    for recipe, stage in recipes:
+        figures = report[device][recipe][stage]
+        cells = [cell(figures.get(n), n) for n in names]
+        lines.append(f"| `{recipe}`, stage {stage[-1]} | " + " | ".join(cells) + " |")
+    lines.append("")
+    lines.append(
+        f"`{report['command']}` on {report['date']}: {report['device']}; {versions}; commit {report['commit']}. In "
+        "brackets: how many times as fast bvae is, the median over rounds in which all take turns."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def rows(stages: object) -> list[str]:
+    return [s for s in ("stage1", "stage2") if isinstance(stages, dict) and isinstance(stages.get(s), dict)]
+
+
+def cell(figures: dict | None, name: str) -> str:
+    if figures is None:
+        return ""
+    rate = f"{figures['images_per_s']:,.0f}"
+    return rate if name == "bvae" else f"{rate} ({figures['bvae_is_faster_by']:.2f}x)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
