@@ -4,6 +4,7 @@ import functools
 import hashlib
 import os
 import pickle
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -74,7 +75,9 @@ def load_weights(path: Path) -> Checkpoint:
     weights that are not those of 2015-12-05 (torchvision's have the same names).
     """
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, on archives of other kinds: what matters is raised
+            stored = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = "its pickle holds more than tensors, and was not run"
         raise UserError(f"{path}: not the Inception weights ({reason}); needed: {HELP}") from error
