@@ -30,6 +30,9 @@ MOST = {
     "shapes_test": 10_000_000,
 }
 
+# Defining settings that the first runs do not have: they did what the defaults say.
+LATER = {"crop", "sync_bn"}
+
 
 def _free(**kwargs: Any) -> Any:
     """A field that may change when a run is resumed; every other field defines the run."""
@@ -219,7 +222,8 @@ class Config:
         hints = get_type_hints(Config)
         unknown = sorted(set(values) - set(hints))
         # What may change on a resume may be absent: a run of an earlier version does not have every such setting.
-        missing = sorted({f.name for f in dataclasses.fields(Config) if not f.metadata.get("free")} - set(values))
+        needed = {f.name for f in dataclasses.fields(Config) if not f.metadata.get("free")} - LATER
+        missing = sorted(needed - set(values))
         if missing:
             raise UserError(f"{source}: setting {missing[0]!r} is missing: written by another version of bvae?")
         if unknown:

@@ -193,3 +193,13 @@ def test_whether_there_is_a_second_stage_defines_the_run():
     one = dataclasses.replace(c, epochs2=0)
     assert one.changed_definition(c) == c.changed_definition(one) == ["epochs2"]
     assert c.changed_definition(c) == one.changed_definition(one) == []
+
+
+def test_a_run_of_the_first_version_can_still_be_read():
+    later = {"crop", "sync_bn", *FREE} - {"data"}
+    values = {name: v for name, v in PRESETS["celeba"].to_dict().items() if name not in later}
+    read = Config.from_dict(values, SOURCE)
+    assert read.changed_definition(PRESETS["celeba"]) == []
+    values.pop("base")
+    with pytest.raises(UserError, match="'base' is missing"):
+        Config.from_dict(values, SOURCE)
