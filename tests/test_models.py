@@ -285,7 +285,7 @@ def test_flattening_keeps_the_values_and_shares_them_both_ways():
         net(x)
     before = {name: t.clone() for name, t in net.state_dict().items()}
     flat = flatten_statistics(net)
-    assert flat.shape == (2 * (4 + 5 + 5) + 3,)
+    assert flat.shape == (3 * 3 * 32,)  # three layers of three buffers, each padded to 32 elements
     assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
     kept = flat.clone()
     net(drifting(5)[4])
@@ -294,6 +294,14 @@ def test_flattening_keeps_the_values_and_shares_them_both_ways():
     assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
     flat.zero_()
     assert not any(b.any() for b in net.buffers())
+
+
+def test_flattened_statistics_begin_where_vectorised_kernels_may_read():
+    net = first_stage(config(blocks=2))
+    flat = flatten_statistics(net)
+    starts = [t.data_ptr() - flat.data_ptr() for n in batch_norms(net) for t in n.buffers()]
+    assert len(starts) > 9 and starts == sorted(set(starts))
+    assert [start for start in starts if start % 128] == []
 
 
 def test_flattening_survives_load_state_dict_and_a_move_to_where_it_is():

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from bvae import ops
 
+ALIGNED = 32  # floats: the 128 bytes at whose multiples a tensor of its own would begin, as vectorised kernels assume
+
 
 class BatchNorm2d(nn.Module):
     """Batch normalisation over [B,C,H,W] (per channel), affine.
@@ -91,19 +93,19 @@ def flatten_statistics(model: nn.Module) -> Tensor:
     """Moves all running statistics of `model` into one float32 vector, which the buffers then share; returns it.
 
     Call it once the model is on its device (moving it again parts them): all of them can then be kept and put back in
-    one operation.
+    one operation. Each begins at a multiple of ALIGNED elements; what lies between them is zero.
     """
     buffers = [(n, name) for n in batch_norms(model) for name in ("running_mean", "running_var", "running_weight")]
     if not buffers:
         return next(model.parameters()).new_zeros(0)
-    flat = torch.cat([getattr(n, name).reshape(-1) for n, name in buffers])
+    pieces = [getattr(n, name).reshape(-1) for n, name in buffers]
+    flat = torch.cat([F.pad(piece, (0, -len(piece) % ALIGNED)) for piece in pieces])
     first = 0
     for n, name in buffers:
         shape, stride = getattr(n, name).shape, getattr(n, name).stride()
-        last = first + shape.numel()
         # Not a view: views share one version counter, and autograd would take one layer's update for another's.
         setattr(n, name, flat.new_empty(0).set_(flat.untyped_storage(), first, shape, stride))
-        first = last
+        first += -(-shape.numel() // ALIGNED) * ALIGNED
     return flat
 
 
