@@ -161,12 +161,14 @@ def test_why_a_runner_is_eager():
 def deterministic():
     """fp32 to the bit: no TF32, one algorithm for each convolution."""
     precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    torch.use_deterministic_algorithms(True)
-    with torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False):
-        yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_float32_matmul_precision(precision)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        try:
+            torch.set_float32_matmul_precision("highest")
+            torch.use_deterministic_algorithms(True)
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+            torch.set_float32_matmul_precision(precision)
 
 
 @pytest.mark.gpu
