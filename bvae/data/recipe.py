@@ -11,6 +11,7 @@ from bvae.errors import UserError
 Filter = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 FILTERS: tuple[Filter, ...] = get_args(Filter)
 Crop = int | Literal["square", "none"]
+MAX_SIZE = 2**14  # of the result's side
 
 
 class Rejected(Exception):
@@ -49,8 +50,8 @@ class Recipe:
     antialias: bool = True
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise UserError(f"the images' size must be positive, got {self.size}")
+        if not 1 <= self.size <= MAX_SIZE:
+            raise UserError(f"the images' size must be from 1 to {MAX_SIZE}, got {self.size}")
         if self.channels not in (1, 3):
             raise UserError(f"images have 1 or 3 channels, not {self.channels}")
         if not (self.crop in ("square", "none") or (isinstance(self.crop, int) and self.crop > 0)):

@@ -34,7 +34,16 @@ def test_smaller_than_the_crop_is_rejected():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"size": 0}, {"channels": 2}, {"crop": 0}, {"crop": "round"}, {"crop": 2.5}, {"filter": "box"}]
+    "wrong",
+    [
+        {"size": 0},
+        {"size": 2_000_000_000},
+        {"channels": 2},
+        {"crop": 0},
+        {"crop": "round"},
+        {"crop": 2.5},
+        {"filter": "box"},
+    ],
 )
 def test_wrong_recipes_are_the_users_errors(wrong):
     with pytest.raises(UserError, match=str(next(iter(wrong.values())))):
