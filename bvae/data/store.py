@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -30,7 +31,7 @@ VERSION = 1
 META = "meta.json"
 REJECTS = "rejects.csv"
 ARRAYS = tuple(f"{split}.npy" for split in SPLITS)
-FILES = {*ARRAYS, META, REJECTS}
+FILES = (META, *ARRAYS, REJECTS)  # as they are removed: the one that is locked last
 
 _HEADER = 128  # bytes: NumPy's own size for arrays of up to 10^20 images of this kind
 _BLOCK = 2**24  # bytes read or moved at a time
@@ -205,11 +206,11 @@ class StoreWriter:
             UserError: if the disk has no room for them, or does not let them be made.
         """
         self._image = image
-        self._row = int(np.prod(image))
+        self._row = math.prod(image)
         with self._writing():
             needed, free = sum(counts.values()) * self._row, shutil.disk_usage(self._folder).free
             if needed > free:
-                raise refusal(self.path, f"needs {needed / 2**30:.2f} GiB, and the disk has {free / 2**30:.2f} left")
+                raise refusal(self.path, f"needs {needed / 2**20:.1f} MiB, and the disk has {free / 2**20:.1f} left")
             self.here = {split: np.zeros(counts[split], bool) for split in SPLITS}
             for split in SPLITS:
                 self._files[split] = os.open(self._folder / f"{split}.npy", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
@@ -290,12 +291,13 @@ class StoreWriter:
         found = set(os.listdir(self._real))
         if not found:
             return
-        if not found >= {META, *ARRAYS}:
+        # By what meta.json says, not by names: others too keep a train.npy beside a meta.json.
+        if not found >= {META, *ARRAYS} or not has_meta(self._real):
             raise refusal(self.path, "exists and is not a prepared store: choose another --out")
         if not self._overwrite:
             raise refusal(self.path, "exists already: choose another --out, or replace it with --overwrite")
-        if found - FILES:
-            raise refusal(self.path, f"is not replaced: {min(found - FILES)} in it is not of the store")
+        if strange := found.difference(FILES):
+            raise refusal(self.path, f"is not replaced: {min(strange)} in it is not of the store")
 
     def _claim(self) -> None:
         """Makes the partial folder, or takes over that of a dead run.
@@ -306,14 +308,14 @@ class StoreWriter:
         lock = open(self._folder / REJECTS, "a+", encoding="utf-8", errors="backslashreplace", newline="")  # noqa: SIM115
         try:
             self._take(lock)
-            strange = sorted(set(os.listdir(self._folder)) - FILES)
+            strange = sorted(set(os.listdir(self._folder)).difference(FILES))
             if strange:
                 raise refusal(self._folder, f"is in the way: {strange[0]} in it is not of an unfinished store")
         except BaseException:
             lock.close()
             raise
         self._lock = lock
-        for name in FILES - {REJECTS}:
+        for name in (META, *ARRAYS):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._folder / name)
 
@@ -334,7 +336,11 @@ class StoreWriter:
             raise busy
 
     def _move_in(self) -> None:
+        assert self._lock is not None
         self._check_target()  # again: much time has passed
+        for name in FILES:
+            if not (self._folder / name).exists():
+                raise refusal(self._folder, f"has lost its {name}: something else removes files there")
         if self._real.is_dir() and any(self._real.iterdir()):
             os.rename(self._real, self._replaced)
         try:
@@ -342,15 +348,18 @@ class StoreWriter:
         except OSError:
             self._recover()
             raise
-        _sync_folder(self._real.parent)
-        assert self._lock is not None
-        self._lock.close()
-        self._lock = None
-        if self._replaced.is_dir():
-            self._clear(self._replaced)
+        # From here on a partial folder is another process's.
+        lock, self._lock = self._lock, None
+        with lock:
+            _sync_folder(self._real.parent)
+            if self._replaced.is_dir():
+                self._clear(self._replaced)
 
     def _clear(self, folder: Path) -> None:
-        """Removes a store's files, and the folder if nothing else is in it."""
+        """Removes a store's files, and the folder if nothing else is in it.
+
+        The locked one goes last: without it another process takes the folder for its own.
+        """
         for name in FILES:
             with contextlib.suppress(OSError):
                 os.unlink(folder / name)

@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+from pictures import write_folder
 
 from bvae.data import Store, load
 from bvae.data.store import SPLITS, StoreWriter
@@ -177,6 +178,12 @@ def test_folders_that_are_no_stores_are_left_alone(tmp_path):
     for name, word in (("mine", "not a prepared store"), ("file", "not a folder")):
         for overwrite in (False, True):
             refused(lambda name=name, overwrite=overwrite: StoreWriter(tmp_path / name, overwrite), name, word)
+    # Not even where the names are a store's, all of them.
+    write_folder(tmp_path / "own", dict.fromkeys(("train.npy", "val.npy", "test.npy"), b"x"))
+    for meta, word in (('{"dataset": "mine"}', "not a prepared store"), ("no JSON", "not readable JSON")):
+        (tmp_path / "own" / "meta.json").write_text(meta)
+        refused(lambda: StoreWriter(tmp_path / "own", overwrite=True), tmp_path / "own", word)
+        assert names(tmp_path / "own") == ["meta.json", "test.npy", "train.npy", "val.npy"]
     write(tmp_path / "s")
     (tmp_path / "s" / "notes.txt").write_text("x")
     refused(lambda: StoreWriter(tmp_path / "s", overwrite=True), "notes.txt")
@@ -206,7 +213,7 @@ def test_where_nothing_can_be_written(tmp_path):
 def test_a_disk_that_is_too_small_is_known_before_any_work(tmp_path):
     writer = StoreWriter(tmp_path / "s")
     with writer:
-        refused(lambda: writer.allocate({"train": 10**12, "val": 0, "test": 1}, SHAPE), "GiB", "left")
+        refused(lambda: writer.allocate({"train": 10**12, "val": 0, "test": 1}, SHAPE), "MiB", "left")
     assert names(tmp_path) == []
 
 
@@ -330,3 +337,24 @@ def test_two_at_a_time_are_kept_apart(tmp_path):
         other.kill()
         other.communicate()
     assert names(tmp_path) == ["s"]
+
+
+def test_the_lock_goes_last_so_that_nobody_takes_a_folder_that_is_being_cleared(tmp_path, monkeypatch):
+    removed, unlink = [], os.unlink
+
+    def recorded(path, *args, **kwargs):
+        unlink(path, *args, **kwargs)
+        removed.append(os.path.basename(path))
+
+    with StoreWriter(tmp_path / "s") as writer:
+        writer.allocate(dict.fromkeys(SPLITS, 3), SHAPE)
+        monkeypatch.setattr(os, "unlink", recorded)
+    assert removed == ["train.npy", "val.npy", "test.npy", "rejects.csv"] and names(tmp_path) == []
+
+
+def test_a_store_of_which_a_file_was_removed_is_not_put_into_place(tmp_path):
+    with StoreWriter(tmp_path / "s") as writer:
+        writer.allocate(dict.fromkeys(SPLITS, 3), SHAPE)
+        (tmp_path / ".s.partial" / "train.npy").unlink()
+        refused(lambda: writer.finish({}, []), ".s.partial", "lost its train.npy")
+    assert names(tmp_path) == []
