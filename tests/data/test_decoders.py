@@ -166,6 +166,28 @@ def test_orientation(orientation, format):
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     assert (upright.size == (40, 64)) == (orientation >= 5)
     assert np.array_equal(decode_image(data, recipe), np.asarray(upright.crop(recipe.box(*upright.size))))
+    for crop in (15, 16, "square", "none"):  # an odd pixel left over goes right and down of the upright image
+        recipe = Recipe(size=12, channels=3, crop=crop)
+        assert np.array_equal(decode_image(data, recipe), plainly(data, recipe))
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_a_whole_image_is_not_cropped_and_stays_usable(format):
+    for mode in ("RGB", "RGBA"):
+        data = encode(Image.fromarray(picture(30, 30)).convert(mode), format)
+        assert np.array_equal(decode_image(data, Recipe(size=30, channels=3, crop=30)), picture(30, 30))
+
+
+@pytest.mark.parametrize("filter", FILTERS)
+def test_without_antialias_a_tall_image_is_resized_in_bands(filter):
+    image = picture(1100, 20)
+    result = resize(Image.fromarray(image), 16, filter, False)
+    assert np.abs(result - defined_resize(image, 16, filter, False)).max() <= 1.2
+
+
+def test_a_plain_bitmap_is_read():
+    data = b"P1 16 16\n" + b"1 0 " * 128
+    assert np.array_equal(decode_image(data, RECIPE), plainly(data, RECIPE))
 
 
 MODES = {
@@ -203,13 +225,19 @@ def test_one_pixel():
         decode_image(data, Recipe(size=16, channels=3, crop=2))
 
 
-def tiff16():
-    """An RGB TIFF of 16 bits a channel, which Pillow would cut down to 8."""
-    entries = [(256, 4), (257, 4), (258, 200), (259, 1), (262, 2), (273, 300), (277, 3), (278, 4), (279, 96)]
+def tiff16(planes=False):
+    """An RGB TIFF of 16 bits a channel, 4x4, which Pillow would cut down to 8; `planes`: one plane a channel."""
+    arrays = {258: (200, [16] * 3)}
+    entries = [(256, 4), (257, 4), (258, 200), (259, 1), (262, 2), (273, 300), (277, 3), (278, 4), (279, 96), (284, 1)]
+    if planes:
+        arrays |= {273: (210, [300, 332, 364]), 279: (220, [32] * 3)}
+        entries = [(tag, {273: 210, 279: 220, 284: 2}.get(tag, value)) for tag, value in entries]
     data = b"II*\0" + struct.pack("<IH", 8, len(entries))
     for tag, value in entries:
-        data += struct.pack("<HHII", tag, 3, 3 if tag == 258 else 1, value)
-    return (data.ljust(200, b"\0") + struct.pack("<HHH", 16, 16, 16)).ljust(300, b"\0") + bytes(96)
+        data += struct.pack("<HHII", tag, 3, 3 if tag in arrays else 1, value)
+    for at, values in arrays.values():
+        data = data.ljust(at, b"\0") + struct.pack("<HHH", *values)
+    return data.ljust(300, b"\0") + bytes(96)
 
 
 BAD = {
@@ -226,6 +254,7 @@ BAD = {
     "16-bit RGB PPM": (b"P6 4 4 65535\n" + bytes(96), "8 bits"),
     "10-bit plain PPM": (b"P3 4 4 1023\n" + b"1 " * 48, "8 bits"),
     "16-bit RGB TIFF": (tiff16(), "8 bits"),
+    "16-bit RGB TIFF in planes": (tiff16(planes=True), "8 bits"),
     "float TIFF": (encode(picture()[..., 0].astype(np.float32), "TIFF"), "8 bits"),
     "a bomb": (png(2**14, 2**13, 8, 2, bytes(1000)), "16384x8192, more than the 67108864 pixels"),
     "a larger bomb": (png(2**30, 2**30, 8, 2, bytes(1000)), "pixels"),

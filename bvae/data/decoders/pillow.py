@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 import PIL
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError, features
 
 from bvae.data.decoders import jpeg
 from bvae.data.decoders.interface import Decoder
@@ -28,6 +28,15 @@ from bvae.errors import UserError
 # Whatever its suffix, a file of another format is refused: some of Pillow's decoders start other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 MAX_PIXELS = 2**26  # of one file, 8192 x 8192: a small file can claim to be far larger and fill the memory
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # what makes an image upright, by its EXIF orientation
 CHUNKS_PER_WORKER = 3  # drawn and not yet taken: one at work, one waiting, one done
 
 WORKER_ENVIRONMENT = {
@@ -55,26 +64,13 @@ def decode_image(data: bytes, recipe: Recipe) -> np.ndarray:
     """
     if not data:
         raise Rejected("is empty")
-    header = jpeg.read_header(data)
-    box = None
-    if header is not None and header.plain:
-        _check_size(header.width, header.height)
-        box = recipe.box(header.width, header.height)
-        data = jpeg.keep_rows(data, header, box[3])
     # Pillow's plugins raise nearly anything on damaged files (OSError, SyntaxError, struct.error, ...).
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            upright: Image.Image = image
-            if box is None:
-                _check_size(*image.size)
-                _check_depth(image)
-                upright = ImageOps.exif_transpose(image)
-                box = recipe.box(*upright.size)
-            cropped = upright.crop(box)
-            mode = "RGB" if recipe.channels == 3 else "L"
-            if cropped.mode != mode:
-                cropped = cropped.convert(mode)
-            pixels = resize(cropped, recipe.size, recipe.filter, recipe.antialias)
+        image = _decode_crop(data, recipe)
+        mode = "RGB" if recipe.channels == 3 else "L"
+        if image.mode != mode:
+            image = image.convert(mode)
+        pixels = resize(image, recipe.size, recipe.filter, recipe.antialias)
     except Rejected:
         raise
     except UnidentifiedImageError:
@@ -240,6 +236,34 @@ class _Worker:
             raise UserError(f"a decoding worker {how}{where}{hint}") from error
 
 
+def _decode_crop(data: bytes, recipe: Recipe) -> Image.Image:
+    """The crop, upright, in the file's own mode. No other pixels are alive after it, and only the crop is turned."""
+    header = jpeg.read_header(data)
+    if header is not None and header.plain:
+        _check_size(header.width, header.height)
+        box = recipe.box(header.width, header.height)
+        with Image.open(io.BytesIO(jpeg.keep_rows(data, header, box[3])), formats=FORMATS) as image:
+            return image.crop(box)
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        _check_size(*image.size)
+        _check_depth(image)
+        image.load()  # which turns a TIFF, and only then tells an image's EXIF data for certain
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        turn = TURNS.get(orientation)
+        width, height = image.size
+        swapped = turn is not None and orientation >= 5
+        left, top, right, bottom = recipe.box(height, width) if swapped else recipe.box(width, height)
+        if swapped:
+            left, top, right, bottom = top, left, bottom, right
+        if orientation in (2, 3, 7, 8):
+            left, right = width - right, width - left
+        if orientation in (3, 4, 6, 7):
+            top, bottom = height - bottom, height - top
+        box = left, top, right, bottom
+        cropped: Image.Image = image if box == (0, 0, width, height) else image.crop(box)
+    return cropped if turn is None else cropped.transpose(turn)
+
+
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise Rejected(f"is {width}x{height}, more than the {MAX_PIXELS} pixels accepted")
@@ -251,6 +275,8 @@ def _check_depth(image: Image.Image) -> None:
     if image.format in ("PNG", "PPM", "TIFF"):  # what Pillow is about to read, before it makes 8 bits of it
         for tile in cast(ImageFile.ImageFile, image).tile:
             rawmode, *rest = (tile.args,) if isinstance(tile.args, str) else tile.args or ("",)
-            deep |= ";16" in rawmode or (tile.codec_name.startswith("ppm") and rest[0] > 255)
+            deep |= ";16" in rawmode or (tile.codec_name.startswith("ppm") and bool(rest) and rest[0] > 255)
+    if image.format == "TIFF":  # whose separate planes are read as if they were of 8 bits
+        deep |= max(cast(TiffImagePlugin.TiffImageFile, image).tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) > 8
     if deep:
         raise Rejected("is deeper than 8 bits a channel; convert it to 8")

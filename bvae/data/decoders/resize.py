@@ -12,6 +12,7 @@ along the columns, each rounded to 8 bits. `nearest` takes the input pixel that 
 An image that grows has s < 1, and both ways are one.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -26,6 +27,7 @@ RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 SUPPORT: dict[Filter, int] = {"bilinear": 1, "bicubic": 2, "lanczos": 3}
+BAND = 512  # rows of a tall image that are resized at a time, not to hold it whole once more
 FRACTION_BITS = 22  # of the weights, as Pillow's: 8 bits of pixel and 2 to spare for overshoot
 
 
@@ -33,9 +35,14 @@ def resize(image: Image.Image, size: int, filter: Filter, antialias: bool) -> np
     """An image of mode L or RGB -> uint8 [size, size] or [size, size, 3]; a new array or a read-only view."""
     if antialias or filter == "nearest":
         return np.asarray(image.resize((size, size), RESAMPLING[filter]))
-    pixels = np.asarray(image)
-    rows = _along_second(pixels, size, filter)
+    rows = np.concatenate([_along_second(band, size, filter) for band in _bands(image)])
     return np.ascontiguousarray(_along_second(rows.swapaxes(0, 1), size, filter).swapaxes(0, 1))
+
+
+def _bands(image: Image.Image) -> Iterator[np.ndarray]:
+    for top in range(0, image.height, BAND):
+        whole = image.height <= BAND
+        yield np.asarray(image if whole else image.crop((0, top, image.width, min(top + BAND, image.height))))
 
 
 def kernel(filter: Filter, x: np.ndarray) -> np.ndarray:
