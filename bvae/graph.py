@@ -7,6 +7,7 @@ the host: so it is recorded once and replayed, and the numbers are those of the 
 Rules of recording: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -20,6 +21,7 @@ from bvae.step import Step
 
 WARM_UP = 3  # steps before recording: cuDNN chooses its algorithms, libraries set themselves up
 STEPS = 4  # steps a replay, where the data is resident
+_failed: list[torch.cuda.CUDAGraph] = []  # recordings that failed: torch's allocator goes on asking them
 
 
 class Runner(Protocol):
@@ -104,11 +106,13 @@ def make_runner(batches: Batches, step: Step, wanted: bool, obstacle: str | None
         why = f"there are no CUDA graphs on a {batches.device.type.upper()}"
     elif obstacle is not None:
         why = obstacle
+    elif _failed:  # the allocator takes that recording to be under way for as long as the process lives
+        why = "an earlier recording in this process failed"
     else:
         try:
             return Graph(batches, step)
         except RuntimeError as error:
-            why = f"recording failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            why = f"recording failed: {_first_line(error)}"
             if step.world.size > 1:  # the others may be an exchange ahead, which none of our steps would fit
                 raise UserError(f"rank {step.world.rank}: {why}; start with --no-graph") from error
     return Eager(batches, step, why)
@@ -118,6 +122,13 @@ def make_runner(batches: Batches, step: Step, wanted: bool, obstacle: str | None
 def _restore(state: list[Tensor], kept: list[Tensor]) -> None:
     for tensor, value in zip(state, kept, strict=True):
         tensor.copy_(value)
+
+
+def _first_line(error: BaseException) -> str:
+    """Of what went wrong first: the end of a recording that failed says no more than that it did."""
+    while error.__context__ is not None and not error.__suppress_context__:
+        error = error.__context__
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager
@@ -131,9 +142,19 @@ def _recording() -> Iterator[Callable[[Callable[[], None]], Callable[[], None]]]
 
     def record(program: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads ask of CUDA meanwhile (a loader pins memory) does no harm.
-        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-            program()
+        collecting = gc.isenabled()
+        gc.collect()
+        gc.disable()  # what it frees may wait for an event, which a recording forbids
+        try:
+            # thread_local: what other threads ask of CUDA meanwhile (a loader pins memory) does no harm.
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                program()
+        except BaseException:
+            _failed.append(graph)
+            raise
+        finally:
+            if collecting:
+                gc.enable()
         return graph.replay
 
     side.wait_stream(here)

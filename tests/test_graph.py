@@ -1,7 +1,11 @@
 """Steps run one by one and replayed from a graph. On the CPU what is recorded is the program itself, run at replay."""
 
 import contextlib
+import gc
 import json
+import subprocess
+import sys
+import types
 import warnings
 
 import pytest
@@ -43,6 +47,13 @@ def make(stage=1, balance="computed", device="cpu", hflip=True, amp=False, count
     step = Step(model, loss, ops.make_rng(7, device), 3, amp, 0.01 if kernels else 0.0, kernels)
     step.set_lr(1e-2)
     batches.begin(0)
+    return batches, step
+
+
+def make_on_cuda():
+    """As far as make_runner can see."""
+    batches, step = make()
+    batches.device = torch.device("cuda")
     return batches, step
 
 
@@ -117,8 +128,7 @@ def test_a_failed_recording_falls_back_unchanged_and_says_why(monkeypatch, fails
     """In warm-up, in the recording of one step and of several."""
     monkeypatch.setattr(graph, "WARM_UP", 3)
     monkeypatch.setattr(graph, "_recording", lambda: contextlib.nullcontext(lambda program: program()))
-    batches, step = make()
-    batches.device = torch.device("cuda")  # what make_runner looks at
+    batches, step = make_on_cuda()
     before, calls = everything(batches, step), 0
     forward = step.model.encoder.forward
 
@@ -152,6 +162,64 @@ def test_why_a_runner_is_eager():
     assert make_runner(batches, step, wanted=False).why_eager == "--no-graph"
     batches.device = torch.device("cuda")
     assert make_runner(batches, step, True, "gloo ranks").why_eager == "gloo ranks"
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """torch.cuda as far as a recording needs it: its end fails, as CUDA's does, where what is recorded has failed."""
+
+    @contextlib.contextmanager
+    def recorded(*_, **__):
+        try:
+            yield
+        except RuntimeError:
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {
+        "graph": recorded,
+        "CUDAGraph": lambda: types.SimpleNamespace(replay=lambda: None),
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "graph_pool_handle": lambda: None,
+        "set_stream": lambda stream: None,
+        "stream": lambda stream: contextlib.nullcontext(),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(graph, "_failed", [])
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_nothing_is_collected_while_recording(cuda, collecting):
+    seen = []
+    try:
+        if not collecting:
+            gc.disable()
+        with graph._recording() as record:
+            record(lambda: seen.append(gc.isenabled()))
+            with pytest.raises(RuntimeError):
+                record(lambda: torch.zeros(2).view(3))
+        assert seen == [False]
+        assert gc.isenabled() == collecting
+    finally:
+        gc.enable()
+
+
+def test_after_a_failed_recording_its_cause_is_named_and_no_other_is_tried(cuda, monkeypatch):
+    batches, step = make_on_cuda()
+    before = everything(batches, step)
+    monkeypatch.setattr(graph, "WARM_UP", 0)
+    call = Step.__call__
+    monkeypatch.setattr(Step, "__call__", lambda *_: torch.zeros(2).view(3))
+    assert make_runner(batches, step, wanted=True).why_eager.startswith("recording failed: shape '[3]' is invalid")
+    monkeypatch.setattr(Step, "__call__", call)
+    same(everything(batches, step), before)
+    assert len(graph._failed) == 1, "kept: torch's allocator still asks it"
+    again = make_runner(*make_on_cuda(), wanted=True)
+    assert isinstance(again, Eager)
+    assert again.why_eager == "an earlier recording in this process failed"
+    assert len(graph._failed) == 1
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
@@ -260,6 +328,33 @@ def test_a_run_does_not_depend_on_the_graph(deterministic, tmp_path, capfd):
         assert ("one by one, not as a CUDA graph: --no-graph" in capfd.readouterr().out) == (name == "eager")
     for file in ("model.safetensors", "checkpoints/last.safetensors"):
         same(load_file(tmp_path / "graph" / file), load_file(tmp_path / "eager" / file))
+
+
+LOOKING = """
+import sys
+import bvae.train
+from bvae import step
+
+looked_at = step.vae_loss
+
+def vae_loss(model, loss, x, *more):
+    x.sum().item()
+    return looked_at(model, loss, x, *more)
+
+step.vae_loss = vae_loss
+sys.exit(bvae.train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.gpu
+def test_a_step_that_cannot_be_recorded_is_named_and_the_run_ends_without_a_graph(tmp_path):
+    """In a process of its own, which can record nothing afterwards."""
+    command = [sys.executable, "-c", LOOKING, *TINY, "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "recording failed: CUDA error: operation not permitted when stream is capturing" in done.stdout
+    assert "stage 2: steps run one by one, not as a CUDA graph: an earlier recording" in done.stdout
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["stage2"]["steps"] == 12
 
 
 @pytest.mark.gpu
