@@ -1,5 +1,6 @@
 """DALI as the decoder: Pillow's pixels, whatever else is in the batch."""
 
+import io
 import sys
 
 import numpy as np
@@ -8,7 +9,7 @@ from decoder_samples import Held, encode, mixed_items, picture
 from PIL import Image
 
 from bvae.data.decoders import open_decoder
-from bvae.data.decoders.dali import DaliDecoder, dali_installed
+from bvae.data.decoders.dali import DaliDecoder, cut_chunk, dali_installed
 from bvae.data.decoders.pillow import PillowDecoder
 from bvae.data.recipe import FILTERS, Recipe
 from bvae.errors import UserError
@@ -89,6 +90,44 @@ def test_chunks_of_any_length_and_sides_of_any_kind():
     with DaliDecoder(recipe, 2, "cpu", "") as dali, PillowDecoder(recipe, 1, "") as pillow:
         for _ in range(2):
             same(list(dali.run(chunks)), list(pillow.run(chunks)))
+
+
+LIMITS = {"BATCH_BYTES": 9000, "BATCH_PIXELS": 20000, "LARGE": 9000}
+
+
+def limit(monkeypatch):
+    for name, value in LIMITS.items():
+        monkeypatch.setattr(f"bvae.data.decoders.dali.{name}", value)
+
+
+def uneven_items():
+    items = mixed_items(20) + [Held(str(i), encode(picture(60 + 9 * i, 60 + 5 * i, i))) for i in range(12)]
+    return [Held("short", encode(picture(9, 9))), *items, Held("heavy", encode(picture(60, 60), quality=100))]
+
+
+def test_a_chunk_is_cut_where_it_would_fill_the_memory(monkeypatch):
+    limit(monkeypatch)
+    items = uneven_items()
+    batches = list(cut_chunk(items, Recipe(size=16, channels=3, crop=60)))
+    assert len(batches) > 4 and [batch.last for batch in batches] == [False] * (len(batches) - 1) + [True]
+    held = [sorted(batch.plain + batch.others) for batch in batches]
+    rejected = [i for i, result in enumerate(batches[-1].results) if result is not None]
+    assert rejected and sorted([i for batch in held for i, _ in batch] + rejected) == list(range(len(items)))
+    for batch in held:
+        assert len(batch) == 1 or sum(len(data) for _, data in batch) <= LIMITS["BATCH_BYTES"]
+    plain = [[Image.open(io.BytesIO(data)).size for _, data in batch.plain] for batch in batches]
+    assert max(width * height for batch in plain for width, height in batch) <= LIMITS["LARGE"]
+    assert max(sum(width * height for width, height in batch) for batch in plain) <= LIMITS["BATCH_PIXELS"]
+    assert any(len(batch) > 1 for batch in plain)
+    (empty,) = cut_chunk([], Recipe(size=16, channels=3))
+    assert empty.last and not empty.results
+
+
+@needs_dali
+def test_a_chunk_that_is_cut_is_one_in_the_end(monkeypatch):
+    limit(monkeypatch)
+    same(*both(Recipe(size=16, channels=3, crop=60), uneven_items(), chunk=34))
+    same(*both(Recipe(size=16, channels=3), uneven_items(), chunk=5))
 
 
 @needs_dali

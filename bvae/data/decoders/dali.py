@@ -17,13 +17,17 @@ from PIL import Image
 
 from bvae.data.decoders import jpeg
 from bvae.data.decoders.interface import Decoder
-from bvae.data.decoders.pillow import MAX_PIXELS, decode_image, pillow_name_and_versions, quiet
+from bvae.data.decoders.pillow import decode_image, pillow_name_and_versions, quiet
 from bvae.data.decoders.resize import resize
 from bvae.data.recipe import Decoded, Item, Recipe, Rejected, collect
 from bvae.errors import UserError
 
 EXTRA = "pip install 'bvae[dali]'"
 DEVICE = 0
+# What is held at a time, twice: one batch is decoded while the one before it is resized.
+BATCH_BYTES = 2**25  # encoded
+BATCH_PIXELS = 2**24  # decoded by DALI: 48 MiB if nothing is cropped
+LARGE = 2**22  # pixels of an image that Pillow decodes
 
 
 def dali_installed() -> bool:
@@ -39,7 +43,7 @@ class DaliDecoder(Decoder):
 
     DALI is given what it and Pillow read alike: plain JPEGs (`bvae.data.decoders.jpeg.Header.plain`). The rest goes
     through `decode_image`, and so does a whole batch in which DALI fails, so that a damaged image takes no other down.
-    While DALI decodes one chunk, the one before it is resized.
+    While DALI decodes one batch, the one before it is resized.
 
     Raises:
         UserError: if DALI is not installed or cannot be loaded, or, for the GPU, finds none.
@@ -70,36 +74,18 @@ class DaliDecoder(Decoder):
         before: _Batch | None = None
         with quiet():
             for chunk in chunks:
-                batch = self._read(chunk)
-                crops = self._crops(before)
-                self._schedule(batch)
-                if before is not None:
-                    yield self._finish(before, crops)
-                before = batch
+                for batch in cut_chunk(chunk, self.recipe):
+                    crops = self._crops(before)
+                    self._schedule(batch)
+                    if before is not None:
+                        yield from self._finish(before, crops)
+                    before = batch
             if before is not None:
-                yield self._finish(before, self._crops(before))
+                yield from self._finish(before, self._crops(before))
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
         self._pipeline = None
-
-    def _read(self, chunk: Sequence[Item]) -> "_Batch":
-        """Reads a chunk and sorts out who decodes what."""
-        batch = _Batch([None] * len(chunk))
-        for i, item in enumerate(chunk):
-            try:
-                data = item.read()
-                header = jpeg.read_header(data)
-                if header is None or not header.plain or header.width * header.height > MAX_PIXELS:
-                    batch.others.append((i, data))
-                else:
-                    left, top, right, bottom = self.recipe.box(header.width, header.height)
-                    batch.plain.append((i, data))
-                    batch.starts.append(np.array((top, left), np.int32))
-                    batch.shapes.append(np.array((bottom - top, right - left), np.int32))
-            except Rejected as error:
-                batch.results[i] = error
-        return batch
 
     def _schedule(self, batch: "_Batch") -> None:
         """Lets DALI begin with a batch."""
@@ -131,8 +117,8 @@ class DaliDecoder(Decoder):
             return None
         return result
 
-    def _finish(self, batch: "_Batch", crops: Sequence[np.ndarray] | None) -> Decoded:
-        """Resizes the crops, and decodes what DALI was not given or failed on."""
+    def _finish(self, batch: "_Batch", crops: Sequence[np.ndarray] | None) -> Iterator[Decoded]:
+        """Resizes the crops, and decodes what DALI was not given or failed on; gives the chunk if this was its last."""
         others = batch.others if crops is not None else sorted(batch.others + batch.plain)
         parts = []
         for share in range(self.workers):
@@ -143,7 +129,8 @@ class DaliDecoder(Decoder):
         for part in parts:
             for i, result in part.result():
                 batch.results[i] = result
-        return collect([result for result in batch.results if result is not None], self.recipe)
+        if batch.last:
+            yield collect([result for result in batch.results if result is not None], self.recipe)
 
     def _resize(self, places: list[int], crops: Sequence[np.ndarray]) -> list[tuple[int, np.ndarray | Rejected]]:
         recipe = self.recipe
@@ -196,12 +183,54 @@ class DaliDecoder(Decoder):
 
 @dataclass
 class _Batch:
-    """A chunk on its way. results: by place, as they come. plain, others: (place, bytes) for DALI and for Pillow.
-    starts, shapes: (top, left) and (height, width) of the crops of `plain`, int32 [2] each."""
+    """A chunk, or some of it, on its way.
+
+    results: of the chunk, by place, as they come.
+    plain, others: (place, bytes) for DALI and for Pillow.
+    starts, shapes: (top, left) and (height, width) of the crops of `plain`, int32 [2] each.
+    size, pixels: of `plain` and `others`: their bytes; of `plain`: the images' pixels.
+    last: whether the chunk ends here.
+    """
 
     results: list[np.ndarray | Rejected | None]
     plain: list[tuple[int, bytes]] = field(default_factory=list)
     others: list[tuple[int, bytes]] = field(default_factory=list)
     starts: list[np.ndarray] = field(default_factory=list)
     shapes: list[np.ndarray] = field(default_factory=list)
+    size: int = 0
+    pixels: int = 0
+    last: bool = False
     scheduled: bool = False
+
+
+def cut_chunk(chunk: Sequence[Item], recipe: Recipe) -> Iterator[_Batch]:
+    """Reads a chunk and sorts out who decodes what, in as many batches as BATCH_BYTES and BATCH_PIXELS ask for.
+
+    An image of more than LARGE pixels is left to Pillow, which holds one a thread; DALI would hold all of a batch.
+    """
+    batch = _Batch([None] * len(chunk))
+    for i, item in enumerate(chunk):
+        try:
+            data = item.read()
+            header = jpeg.read_header(data)
+            pixels = header.width * header.height if header is not None and header.plain else LARGE + 1
+            if pixels <= LARGE:
+                assert header is not None
+                left, top, right, bottom = recipe.box(header.width, header.height)
+        except Rejected as error:
+            batch.results[i] = error
+            continue
+        decoded = pixels if pixels <= LARGE else 0
+        if batch.size and (batch.size + len(data) > BATCH_BYTES or batch.pixels + decoded > BATCH_PIXELS):
+            yield batch
+            batch = _Batch(batch.results)
+        batch.size += len(data)
+        batch.pixels += decoded
+        if decoded:
+            batch.plain.append((i, data))
+            batch.starts.append(np.array((top, left), np.int32))
+            batch.shapes.append(np.array((bottom - top, right - left), np.int32))
+        else:
+            batch.others.append((i, data))
+    batch.last = True
+    yield batch
