@@ -33,8 +33,10 @@ def write_preview(items: Iterable[Item], recipe: Recipe, path: Path) -> int:
     smoothing. The recipe's own filter and antialias are among them, and marked.
 
     Raises:
-        UserError: if no image can be used, or the file cannot be written.
+        UserError: if no image can be used, the file's name does not end in .png, or it cannot be written.
     """
+    if path.suffix.lower() != ".png":  # a slip of the keys must not replace the archive
+        raise UserError(f"--preview draws a PNG: {path} does not end in .png")
     own = recipe.filter, recipe.antialias or recipe.filter == "nearest"
     rows = ROWS if own in ROWS else [*ROWS, own]
     columns: list[list[np.ndarray]] = []

@@ -372,6 +372,15 @@ def test_what_a_worker_raises_is_raised_here():
         list(decoder.run([[Held("a", encode(picture())), Buggy("b", b"")]]))
 
 
+@pytest.mark.skipif(not features.check("libtiff"), reason="this Pillow is built without libtiff")
+def test_what_libraries_write_about_a_damaged_file_is_not_shown(capfd):
+    data = bytearray(encode(picture(), "TIFF", compression="tiff_lzw"))
+    data[3000:6000] = bytes(range(250)) * 12
+    with PillowDecoder(RECIPE, 2, "") as decoder:
+        (decoded,) = decoder.run([[Held("a", bytes(data))]])
+    assert decoded.rejected and capfd.readouterr().err == ""
+
+
 def test_large_items_on_their_way_to_busy_workers_block_nobody():
     items = [Held(str(i), encode(picture(700, 700, i), "BMP")) for i in range(6)]
     recipe = Recipe(size=512, channels=3)
@@ -438,6 +447,13 @@ def test_auto_says_what_it_took_and_what_would_be_faster():
     with open_decoder("pillow", RECIPE, 1) as decoder:
         assert decoder.name == ("pillow-simd" if SIMD else "pillow") and "as asked" in decoder.why
         assert set(decoder.versions) >= {decoder.name, "libjpeg-turbo"}
+
+
+def test_a_gpu_that_will_not_be_used_is_mentioned():
+    for backend in ("auto", "pillow"):
+        for device, said in (("cuda", True), ("cpu", False), (None, False)):
+            with open_decoder(backend, RECIPE, 1, device) as decoder:
+                assert ("--device cuda is for --backend dali" in decoder.why) == said
 
 
 def test_a_webp_image_where_pillow_has_no_webp_is_a_rejection():

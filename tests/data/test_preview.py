@@ -46,6 +46,11 @@ def test_errors_are_the_users(tmp_path):
     with pytest.raises(UserError, match="cannot write"):
         write_preview([Held("a", encode(picture()))], RECIPE, tmp_path / "missing" / "preview.png")
     assert not list(tmp_path.iterdir())
+    archive = tmp_path / "faces.zip"
+    archive.write_bytes(b"faces")
+    with pytest.raises(UserError, match=r"does not end in \.png"):
+        write_preview([Held("a", encode(picture()))], RECIPE, archive)
+    assert archive.read_bytes() == b"faces"
 
 
 def test_from_the_command_line_without_a_store(tmp_path, capsys):

@@ -23,10 +23,10 @@ def open_decoder(
 
     Args:
         backend: "auto" takes the fastest on the CPU by the figures of docs/backends.md: DALI where it is installed and
-            loads, otherwise Pillow. Their pixels are the same.
+            loads, otherwise Pillow. Their pixels are the same, as far as a file is not damaged.
         workers: processes or threads; None for as many as there are cores for this process. Pillow with one worker
             works in this process.
-        device: where DALI decodes; None for the GPU if there is one. Of no meaning to the others.
+        device: where `dali` decodes; None for the GPU if there is one. The others decode on the CPU, and say so.
 
     Raises:
         UserError: if the backend is not installed or does not work here.
@@ -42,11 +42,11 @@ def open_decoder(
         return DaliDecoder(recipe, workers, "mixed" if on_gpu else "cpu", "DALI, as asked")
 
     pillow, versions = pillow_name_and_versions()
-    faster = []
+    faster = ["--device cuda is for --backend dali"] if device == "cuda" else []
     if dali_installed():
         if backend == "auto":
             try:
-                return DaliDecoder(recipe, workers, "cpu", "DALI on the CPU, the fastest here")
+                return DaliDecoder(recipe, workers, "cpu", "; ".join(["DALI on the CPU, the fastest here", *faster]))
             except UserError as error:
                 faster.append(str(error))
     else:

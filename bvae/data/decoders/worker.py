@@ -1,6 +1,8 @@
 """The other end of `bvae.data.decoders.pillow`: a process that decodes chunks until its parent hangs up."""
 
+import os
 import queue
+import sys
 import threading
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -18,6 +20,7 @@ def main(descriptor: int) -> None:
     Chunks are drawn in by a thread of their own. Otherwise a parent that sends and a worker that answers could both
     wait for the other to read.
     """
+    _silence_libraries()
     connection = Connection(descriptor)
     chunks: queue.SimpleQueue[Sequence[Item] | Exception | None] = queue.SimpleQueue()
     try:
@@ -30,6 +33,14 @@ def main(descriptor: int) -> None:
             _answer(connection, chunk, recipe)
         except ConnectionError:  # the parent is gone, or wants no more
             return
+
+
+def _silence_libraries() -> None:
+    """Lets descriptor 2 go nowhere: libtiff writes there what it thinks of a damaged file. Python's stderr stays."""
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
 
 
 def _answer(connection: Connection, chunk: Sequence[Item] | Exception, recipe: Recipe) -> None:
