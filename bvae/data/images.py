@@ -93,7 +93,8 @@ class SourceDigest(threading.Thread):
     """Computes a source's digest beside the decoding. A context: leaving it early ends the work.
 
     Of a single file it is the file's SHA-256. Otherwise it is the SHA-256 of what `sha256sum` prints for the
-    files in their order: of an archive's parts their names, of a folder's images their paths in it.
+    files in their order: of an archive's parts their names, of a folder's images their paths in it. Like that, it
+    passes over an image that cannot be read.
     """
 
     def __init__(self, source: Source) -> None:
@@ -120,7 +121,8 @@ class SourceDigest(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._digest = digest_of_files(self._files(), self._leave.is_set)
+            # Images that cannot be read are rejects; an archive must be.
+            self._digest = digest_of_files(self._files(), self._leave.is_set, skip=not self._source.files)
         except OSError as error:
             self._error = error
 
@@ -132,14 +134,27 @@ class SourceDigest(threading.Thread):
                 yield item.name, Path(item.root, item.name)
 
 
-def digest_of_files(files: Iterable[tuple[str, Path]], leave: Callable[[], bool] = bool) -> str:
-    """The digest of (name, file)s as `SourceDigest` defines it, unless `leave` says that nobody wants it any more."""
+def digest_of_files(files: Iterable[tuple[str, Path]], leave: Callable[[], bool] = bool, skip: bool = False) -> str:
+    """The digest of (name, file)s as `SourceDigest` defines it.
+
+    Args:
+        leave: says that nobody wants it any more.
+        skip: pass over files that cannot be read.
+
+    Raises:
+        OSError: if one cannot be read.
+    """
     sums = []
     for name, file in files:
         digest = hashlib.sha256()
-        with open(file, "rb", buffering=0) as opened:
-            while not leave() and (block := opened.read(2**20)):
-                digest.update(block)
+        try:
+            with open(file, "rb", buffering=0) as opened:
+                while not leave() and (block := opened.read(2**20)):
+                    digest.update(block)
+        except OSError:
+            if skip:
+                continue
+            raise
         sums.append((digest.hexdigest(), os.fsencode(name)))
     if len(sums) == 1:
         return f"sha256:{sums[0][0]}"

@@ -24,7 +24,9 @@ from PIL import Image
 
 from bvae.config import PRESETS
 from bvae.data import Store, load, prep
+from bvae.data.archive import open_source
 from bvae.data.decoders.pillow import decode_image
+from bvae.data.images import digest_of_files
 from bvae.data.prep import prepare
 from bvae.data.recipe import Recipe
 from bvae.datasource import load_data
@@ -236,6 +238,29 @@ def test_hostile_files_are_kept_or_listed_and_the_counts_add_up(tmp_path, kind, 
     refused(lambda: pillow(source, place / "strict", recipe, strict=True), f"a.{kind}")
     refused(lambda: load(source, side=16, channels=3, crop=20), f"a.{kind}")
     assert not (place / "strict").exists() and not list(place.glob(".*"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+def test_a_file_that_may_not_be_read_is_rejected_alone(tmp_path):
+    source = write_folder(tmp_path / "a", faces(6, folder=""))
+    (source / "000003.jpg").chmod(0)
+    result = pillow(source, tmp_path / "s")
+    assert adds_up(result.meta)["rejected"] == 1 and "Permission" in rejects(tmp_path / "s")["000003.jpg"]
+
+
+def test_an_image_that_is_gone_is_rejected_and_left_out_of_the_digest(tmp_path, monkeypatch):
+    source = write_folder(tmp_path / "a", faces(6, folder=""))
+    expected = digest_of_files((f"00000{n}.jpg", source / f"00000{n}.jpg") for n in (1, 2, 4, 5, 6))
+
+    def open_and_lose(path):
+        opened = open_source(path)
+        (source / "000003.jpg").unlink()
+        return opened
+
+    monkeypatch.setattr(prep, "open_source", open_and_lose)
+    result = pillow(source, tmp_path / "s", seed=1)
+    assert adds_up(result.meta)["rejected"] == 1 and "No such file" in rejects(tmp_path / "s")["000003.jpg"]
+    assert result.meta["source"]["digest"] == expected
 
 
 def test_images_missing_from_the_list_are_rejected(tmp_path):
