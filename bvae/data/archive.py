@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import IO, Any, Literal
 
 from bvae.data.recipe import Item, Rejected
 from bvae.data.refusal import refusal
@@ -31,6 +31,9 @@ PARTITION_LISTS = ("list_eval_partition.txt", "list_eval_partition.csv")
 SPLIT_FOLDERS = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
 
 MAX_BYTES = 2**26  # of one encoded image: what a decoder holds in memory
+MAX_NAME = 4096  # characters of a name in an archive; no file system takes longer paths
+MAX_HEADERS = 2**20  # bytes of headers before a member of a tar, which are held in memory
+MAX_GLOBALS = 64  # values in a tar's global headers, which hold for all members that follow
 CHUNK_IMAGES = 128  # of one piece of work for a decoder
 CHUNK_BYTES = 2**22  # of one whose items hold their bytes
 
@@ -241,7 +244,9 @@ def _open_folder(root: str) -> Source:
             if _sort_in(source, item) and is_file and name.lower().endswith(ARCHIVES):
                 archives.append(Path(root, name))
     if not source.items and archives:
-        return _open_archives(root, sorted(archives), Path(root))
+        inside = _open_archives(root, sorted(archives), Path(root))
+        inside.lists += source.lists
+        return inside
     return _in_order(source)
 
 
@@ -269,6 +274,8 @@ def _list_zip(source: Source, file: Path) -> None:
         raise refusal(file, "not a readable zip archive", error) from error
     for member in members:
         name = _clean(member.filename)
+        if _pass_over_long(source, name):
+            continue
         if name.endswith("/"):
             _see_folder(source, name.rstrip("/"))
             continue
@@ -299,6 +306,8 @@ def _list_tar(source: Source, file: Path, number: int, label: str) -> None:
     packed = file.name.lower().endswith(PACKED_TARS)
     for index, (member, archive) in enumerate(_walk_tar(file)):
         name = label + _clean(member.name)
+        if _pass_over_long(source, name):
+            continue
         if member.isdir():
             _see_folder(source, name)
             continue
@@ -318,11 +327,55 @@ def _list_tar(source: Source, file: Path, number: int, label: str) -> None:
         _sort_in(source, item)
 
 
+class _HeaderReader:
+    """A tar's file, decompressed. Where `left` is a number, no more bytes than that are read."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.left: int | None = MAX_HEADERS
+        self.seek, self.tell, self.close = file.seek, file.tell, file.close
+
+    def read(self, size: int) -> bytes:
+        if self.left is not None:
+            self.left -= size
+            if self.left < 0:
+                raise tarfile.ReadError(f"headers of more than {MAX_HEADERS} bytes")
+        return self._file.read(size)
+
+
+class _Tar(tarfile.TarFile):
+    """A tar open for reading. tarfile holds headers in memory, and a few KB can unpack to any size of them."""
+
+    def __init__(self, name: str, mode: Literal["r"], fileobj: IO[bytes] | None = None, **options: Any) -> None:
+        self._own = None if fileobj else open(name, "rb")  # noqa: SIM115 (closed below)
+        self._headers = _HeaderReader(fileobj or self._own)  # type: ignore[arg-type]  # one of them is there
+        try:
+            super().__init__(name, mode, self._headers, **options)  # type: ignore[arg-type]
+        except BaseException:
+            if self._own:
+                self._own.close()
+            raise
+        self._headers.left = None
+
+    def next(self) -> tarfile.TarInfo | None:
+        self._headers.left = MAX_HEADERS
+        member = super().next()
+        self._headers.left = None
+        if len(self.pax_headers) > MAX_GLOBALS:
+            raise tarfile.ReadError(f"more than {MAX_GLOBALS} global headers")
+        return member
+
+    def close(self) -> None:
+        super().close()
+        if self._own:
+            self._own.close()
+
+
 def _walk_tar(file: Path) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
     """The members of a tar, each while the archive stands at it, to the archive's end, where gzip has its checksum."""
     mode: Literal["r:", "r:*"] = "r:*" if file.name.lower().endswith(PACKED_TARS) else "r:"
     try:
-        archive = tarfile.open(file, mode)  # noqa: SIM115 (closed below)
+        archive = _Tar.open(file, mode)
     except Exception as error:  # tarfile, gzip and zlib report damage in many ways
         raise refusal(file, "not a readable tar archive", error) from error
     with archive:
@@ -340,14 +393,18 @@ def _walk_tar(file: Path) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
 
 
 def _check_end(archive: tarfile.TarFile) -> None:
-    """tarfile takes a damaged header for the archive's end."""
+    """tarfile takes for the archive's end a damaged header, the file's end, and where another archive follows."""
     file = archive.fileobj
     assert file is not None
     file.seek(archive.offset)
-    if any(file.read(tarfile.BLOCKSIZE)):
+    mark = file.read(tarfile.BLOCKSIZE)
+    if any(mark):
         raise tarfile.ReadError(f"damaged at byte {archive.offset}")
-    while file.read(2**20):
-        pass
+    if len(mark) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("cut off: it has no mark of its end")
+    while rest := file.read(2**20):
+        if rest.count(0) != len(rest):
+            raise tarfile.ReadError(f"it goes on behind the mark of its end, at byte {archive.offset}")
 
 
 def _unpack(name: str, archive: tarfile.TarFile, member: tarfile.TarInfo) -> Item:
@@ -372,7 +429,7 @@ def _walk_folder(root: str) -> Iterator[tuple[str, bool, bool]]:
                 continue
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(path) as entries:
-                found = [(os.path.join(folder, e.name), e.is_dir(), e.is_file()) for e in entries]
+                found = [(os.path.join(folder, entry.name), *_kind(entry)) for entry in entries]
         except OSError as error:
             raise refusal(path, "cannot be read", error) from error
         found.sort()
@@ -380,8 +437,22 @@ def _walk_folder(root: str) -> Iterator[tuple[str, bool, bool]]:
         folders += [name for name, is_folder, _ in reversed(found) if is_folder and not _is_hidden(name)]
 
 
+def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:
+    """(is a folder, is a regular file), links followed; neither where that cannot be told, as of links in a circle."""
+    try:
+        return entry.is_dir(), entry.is_file()
+    except OSError:
+        return False, False
+
+
 def _why_no_file(path: str) -> str:
-    return "cannot be read (a link to nothing)" if os.path.islink(path) else "is not a regular file"
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return "cannot be read (a link to nothing)"
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    return "is not a regular file"
 
 
 def _sort_in(source: Source, item: Item) -> bool:
@@ -399,6 +470,17 @@ def _sort_in(source: Source, item: Item) -> bool:
             source.nested.append(item.name)
             return True
     return False
+
+
+def _pass_over_long(source: Source, name: str) -> bool:
+    """Whether a name is too long to be one; the file it is of is then sorted in under its beginning."""
+    if len(name) <= MAX_NAME:
+        return False
+    if name.lower().endswith(SUFFIXES):
+        source.items.append(UnusableItem(name[:200], f"has a name of {len(name)} characters, which begins so"))
+    else:
+        source.ignored += 1
+    return True
 
 
 def _see_folder(source: Source, name: str) -> None:
@@ -421,10 +503,7 @@ def _in_order(source: Source) -> Source:
 
 
 def _clean(name: str) -> str:
-    name = name.replace("\\", "/")
-    while name.startswith("./"):
-        name = name[2:]
-    return name
+    return re.sub(r"^(\./)+", "", name.replace("\\", "/"))
 
 
 def _base(name: str) -> str:
@@ -441,7 +520,9 @@ def _parts(file: Path) -> list[Path]:
     match = re.fullmatch(r"(.*-)(\d{3})(\.zip)", file.name, re.IGNORECASE)
     if not match:
         return [file]
-    stem, _, suffix = match.groups()
+    stem, number_text, suffix = match.groups()
+    if number_text != "001" and not file.with_name(f"{stem}001{suffix}").exists():
+        return [file]  # another number, such as the images' size
     parts = sorted(file.parent.glob(f"{glob.escape(stem)}[0-9][0-9][0-9]{suffix}"))
     for number, part in enumerate(parts, 1):
         if part.name != f"{stem}{number:03}{suffix}":

@@ -199,21 +199,15 @@ def _by_folders(source: Source, seed: int) -> Plan | None:
 
 def _split_depth(source: Source) -> int | None:
     """The depth at which there is a folder `train`, below folders that all images have in common."""
-    depth = 0
-    while True:
-        folders = set()
-        beside = False  # images that lie in no folder at this depth
-        for item in source.items:
-            pieces = item.name.split("/", depth + 1)
-            if len(pieces) > depth + 1:
-                folders.add(pieces[depth])
-            else:
-                beside = True
-        if any(folder.lower() == "train" for folder in folders):
+    # The names are sorted: what the first and the last have in common, all have.
+    prefix = os.path.commonprefix([source.items[0].name, source.items[-1].name])  # noqa: RUF071 (cut below)
+    common = prefix.split("/")[:-1]
+    for depth, folder in enumerate(common):
+        if folder.lower() == "train":
             return depth
-        if beside or len(folders) != 1:
-            return None
-        depth += 1
+    start = sum(len(folder) + 1 for folder in common)
+    below = (item.name[start:].partition("/") for item in source.items)
+    return len(common) if any(slash and folder.lower() == "train" for folder, slash, _ in below) else None
 
 
 def hold_out(where: Path | str, among: np.ndarray, seed: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from pictures import encode, faces, picture, write_folder, write_tar, write_zip
 from bvae.data import archive
 from bvae.data.archive import open_source
 from bvae.data.recipe import Rejected
+from bvae.data.splits import make_plan
 from bvae.errors import UserError
 
 PNG = encode(picture())
@@ -119,6 +120,33 @@ def test_a_file_that_becomes_a_pipe_or_grows_is_no_trap(tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "MAX_BYTES", len(PNG) - 1)
     found = contents(source)
     assert "regular" in found["1.png"] and "No such file" in found["2.png"] and "more than" in found["3.png"]
+
+
+def test_links_in_a_circle_and_to_a_device_are_reported(tmp_path):
+    write_folder(tmp_path, {"1.png": PNG})
+    (tmp_path / "a.png").symlink_to(tmp_path / "b.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    (tmp_path / "null.png").symlink_to("/dev/null")
+    found = contents(open_source(tmp_path))
+    assert found.pop("1.png") == PNG and set(found) == {"a.png", "b.png", "null.png"}
+    assert "levels" in found["a.png"] and "levels" in found["b.png"] and "regular" in found["null.png"]
+
+
+# --- names
+
+
+@pytest.mark.parametrize("name", ["./" * 10**6 + "x.png", "a/" * 3000 + "x.png", "n" * 5000 + ".png"])
+def test_endless_names_are_rejected_or_read_at_once(tmp_path, name):
+    """In time that does not grow with the square of their length: a name of some KB took hours."""
+    packed = write_tar(tmp_path / "b.tgz", {name[-900_000:]: PNG, "b.png": PNG}, "w:gz")
+    sources = [packed, write_zip(tmp_path / "a.zip", {name[-60_000:]: PNG, "b.png": PNG})]
+    for source in map(open_source, sources):
+        found = contents(source)
+        make_plan(source)
+        assert found.pop("b.png") == PNG and len(found) == 1
+        ((label, reason),) = found.items()
+        assert (label, reason) == ("x.png", PNG) or (len(label) == 200 and "characters" in reason)
 
 
 # --- zip
@@ -241,6 +269,8 @@ def test_a_tar_that_is_cut_or_damaged_is_refused_not_shortened(tmp_path):
         b"junk" * 300,
         whole[: header + 100],
         whole[: header + 700],
+        whole[:header],
+        whole + whole,
         whole[:header] + b"\xff" * 512 + whole[header + 512 :],
     ):
         path.write_bytes(damaged)
@@ -251,6 +281,37 @@ def test_a_tar_that_is_cut_or_damaged_is_refused_not_shortened(tmp_path):
     for damaged in (b"", packed[: len(packed) // 2], packed):
         path.write_bytes(damaged)
         refused(path, path, "not a readable tar")
+
+
+def sparse(blocks):
+    """A tar of one sparse member, with so many blocks that say where its holes are."""
+    info = tarfile.TarInfo("s.png")
+    info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[482] = 1  # more of them follow
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    more = bytearray(512)
+    more[504] = 1
+    return bytes(header) + bytes(more) * blocks + bytes(512 * 20)
+
+
+def test_headers_without_end_are_not_held_in_memory(tmp_path):
+    long = tarfile.TarInfo("a.png")
+    long.pax_headers = {"comment": "x" * 2 * archive.MAX_HEADERS}
+    with tarfile.open(tmp_path / "globals.tgz", "w:gz", pax_headers={f"k{n}": "v" for n in range(100)}) as out:
+        out.addfile(tarfile.TarInfo("a.png"))
+    bombs = [tmp_path / "globals.tgz", write_tar(tmp_path / "first.tgz", [(long, PNG)], "w:gz")]
+    bombs += [
+        write_tar(tmp_path / f"second.{kind}", [("0.png", PNG), (long, PNG)], mode)
+        for kind, mode in (("tar", "w"), ("txz", "w:xz"))
+    ]
+    bombs.append(tmp_path / "sparse.tar")
+    bombs[-1].write_bytes(sparse(archive.MAX_HEADERS // 512))
+    for path in bombs:
+        refused(path, path, "not a readable tar", "headers")
+    long.pax_headers = {"comment": "x" * (archive.MAX_HEADERS // 2)}
+    assert contents(open_source(write_tar(tmp_path / "long.tar", [(long, PNG)]))) == {"a.png": PNG}
 
 
 def test_a_compressed_tar_that_changes_while_it_is_read(tmp_path):
@@ -297,6 +358,8 @@ def test_the_parts_of_a_download_from_google_drive(tmp_path):
         assert contents(source) == {"faces/a/1.png": b"1", "faces/a/3.png": b"3", "faces/b/2.png": b"2"}
         assert [item.name for item in source.lists] == ["faces/list_eval_partition.txt"]
     assert list(contents(open_source(tmp_path / "other-001.zip"))) == ["x.png"]
+    # A number that is no part's.
+    assert list(contents(open_source(write_zip(tmp_path / "size-128.zip", {"x.png": b"x"})))) == ["x.png"]
     write_zip(tmp_path / "faces-20260101T000000Z-004.zip", {"y.png": b"y"})
     refused(tmp_path / "faces-20260101T000000Z-001.zip", "-003.zip is missing")
 

@@ -55,6 +55,13 @@ def test_kaggles_layout(tmp_path):
     assert parts(open_source(path))[0] == {"000001.jpg": TRAIN, "000002.jpg": VAL, "000003.jpg": TEST}
 
 
+def test_a_list_beside_the_archive_in_a_folder(tmp_path):
+    (tmp_path / "CelebA" / "Img").mkdir(parents=True)
+    write_zip(tmp_path / "CelebA" / "Img" / "img_align_celeba.zip", FACES)
+    write_folder(tmp_path / "CelebA", {"Eval/list_eval_partition.txt": LIST.encode()})
+    assert parts(open_source(tmp_path / "CelebA"))[0] == {"000001.jpg": TRAIN, "000002.jpg": VAL, "000003.jpg": TEST}
+
+
 def test_images_that_the_list_does_not_name_and_lists_of_other_images(tmp_path):
     source = open_source(write_zip(tmp_path / "a.zip", FACES | {"x/unknown.jpg": b"x"}))
     (tmp_path / "list_eval_partition.txt").write_text(LIST)
