@@ -3,6 +3,8 @@
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +19,28 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this torch sees no CUDA device (python -m bvae.info tells more)")
     return torch.device(name)
+
+
+@contextmanager
+def training_kernels(device: torch.device, amp: bool) -> Iterator[None]:
+    """The fastest kernels CUDA has for training, as long as it is open; all else computes with what was set before.
+
+    cuDNN tries its algorithms on each shape, of which training has few. Where training is in fp32 (not `amp`), TF32
+    takes its matrix products, as torch lets it take convolutions; nowhere if torch.backends.cudnn.allow_tf32 is off.
+    Under `amp` only what has to be exact is in fp32. Nothing changes where deterministic algorithms are asked for.
+    """
+    if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    benchmark, tf32 = cudnn.benchmark, products.allow_tf32
+    try:
+        cudnn.benchmark = True
+        if not amp and cudnn.allow_tf32:
+            products.allow_tf32 = True
+        yield
+    finally:
+        cudnn.benchmark, products.allow_tf32 = benchmark, tf32
 
 
 def describe_device(device: torch.device) -> str:

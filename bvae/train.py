@@ -143,9 +143,6 @@ def train(argv: list[str], world: World) -> int:
     # Adam's moments of units that have died decay into denormal numbers, which halve the speed of a CPU. Set before the
     # first parallel operation, so that torch's threads inherit it.
     torch.set_flush_denormal(True)
-    if not torch.are_deterministic_algorithms_enabled():
-        torch.set_float32_matmul_precision("high")  # TF32 where there is fp32, on CUDA
-        torch.backends.cudnn.benchmark = True  # a run has few shapes: each gets its fastest algorithm
     trainer = Trainer(config, load_data(config, quiet=not world.first), folder, resume, world=world)
     if world.first:
         among = f"{world.size} processes, the first on " if world.size > 1 else ""

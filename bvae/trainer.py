@@ -25,7 +25,7 @@ from bvae.errors import Interrupted, UserError
 from bvae.fid_scores import fid_scorer, read_fid
 from bvae.files import encode_json, exists, write_atomically, writing
 from bvae.graph import Runner, make_runner
-from bvae.machine import describe_device, versions
+from bvae.machine import describe_device, training_kernels, versions
 from bvae.mapped import is_mapped, resident
 from bvae.metrics.latent import INACTIVE, factor_correlation, inactive, latent_variances
 from bvae.models.norm import batch_norms, recompute_statistics
@@ -198,7 +198,10 @@ class Trainer:
         return self.results
 
     def train(self, stage: Stage) -> None:
-        """The loop, for either stage. The host looks at the device at log points, checkpoints and epoch ends only."""
+        """The loop, for either stage. The host looks at the device at log points, checkpoints and epoch ends only.
+
+        The runner is gone when it returns: a graph must not outlive the communicator whose exchanges it replays.
+        """
         steps = stage.batches.steps
         self.log.start(
             stage.number,
@@ -215,20 +218,21 @@ class Trainer:
             stage.step.loss.train()
             stage.step.set_lr(stage.lr_in(epoch))
             stage.batches.begin(epoch, first)
-            if runner is None:
-                runner = self._runner(stage)
-            started = time.monotonic()
-            end = min((epoch + 1) * steps, stage.total)
-            while stage.done < end:
-                every = self.config.log_every
-                n = runner.run(min(end - stage.done, every - stage.done % every))
-                stage.done += n
-                self.log.step(n, self._look(stage) if stage.done % every == 0 else None)
-                # Not at an epoch's last step: a checkpoint between it and the epoch's end would lose that end.
-                if stage.done % steps and self._due():
-                    stage.seconds += time.monotonic() - started
-                    self._save_or_stop()
-                    started = time.monotonic()
+            with training_kernels(self.device, self.config.amp):
+                if runner is None:
+                    runner = self._runner(stage)
+                started = time.monotonic()
+                end = min((epoch + 1) * steps, stage.total)
+                while stage.done < end:
+                    every = self.config.log_every
+                    n = runner.run(min(end - stage.done, every - stage.done % every))
+                    stage.done += n
+                    self.log.step(n, self._look(stage) if stage.done % every == 0 else None)
+                    # Not at an epoch's last step: a checkpoint between it and the epoch's end would lose that end.
+                    if stage.done % steps and self._due():
+                        stage.seconds += time.monotonic() - started
+                        self._save_or_stop()
+                        started = time.monotonic()
             self._look(stage)  # waits for the device, so that the clock counts its work
             stage.seconds += time.monotonic() - started
             if stage.done % steps == 0:

@@ -85,6 +85,37 @@ def test_bf16_ends_where_fp32_does(tmp_path):
         assert abs(c["mean"] - c["reference"]) <= 0.1 * abs(c["reference"]) + 0.5 * c["figure"].endswith("inactive"), c
 
 
+def test_the_reference_is_without_tf32(tmp_path, monkeypatch):
+    allowed = {}
+
+    def train(argv):
+        allowed[argv[-1].rpartition("/")[2]] = torch.backends.cudnn.allow_tf32
+
+    monkeypatch.setattr(precision, "train", train)
+    monkeypatch.setattr(precision, "final", lambda out: {"mse": 1.0})
+    assert precision.main(["--seeds", "2", "--device", "cpu"]) == 0
+    assert allowed == {"fp32-0": False, "bf16-0": True, "fp32-1": False, "bf16-1": True}
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_every_contestant_has_the_kernels_of_its_precision(monkeypatch):
+    seen = []
+
+    def steps(n):
+        seen.append((torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32))
+
+    def make(c, stage, device):
+        steps(0)
+        return steps
+
+    monkeypatch.setattr(bench, "has_bf16", lambda device: True)
+    monkeypatch.setattr(bench, "CONTESTANTS", {"plain": make, "bvae": make})
+    for name in ("plain", "bvae"):
+        bench.contestant(name, bench.configure("cifar10", quick=True), 1, torch.device("cuda"))(1)
+    assert seen == [(True, True)] * 2 + [(True, False)] * 2
+    assert not torch.backends.cudnn.benchmark
+
+
 def test_what_lies_outside_the_reference_is_told():
     results = {"fp32": [{"mse": 1.0}, {"mse": 2.0}], "bf16": [{"mse": 2.0}, {"mse": 2.5}]}
     assert [c["within"] for c in precision.compare(results)] == [True, False]

@@ -1,5 +1,6 @@
 """Training as a whole: learning, repeating, resuming after any kind of death, and refusing what cannot be."""
 
+import contextlib
 import json
 import os
 import resource
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import bvae
+from bvae import trainer
 from bvae.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from bvae.data import load
 from bvae.datasource import load_data
@@ -458,3 +460,35 @@ def test_a_run_that_diverges_stops_with_its_last_good_state(tmp_path: Path, caps
     assert "not finite" in line and str(out / LAST) in line
     tensors, _ = load_checkpoint(out / LAST)
     assert all(t.isfinite().all() for t in tensors.values())
+
+
+def test_steps_have_the_kernels_for_training_and_what_is_measured_has_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that bvae.evaluate, which trains nothing, finds the same figures."""
+    training = False
+    seen = set()
+
+    @contextlib.contextmanager
+    def kernels(device: torch.device, amp: bool):
+        nonlocal training
+        training = True
+        yield
+        training = False
+
+    def watch(owner: object, name: str) -> None:
+        call = getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            seen.add((name, training))
+            return call(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    monkeypatch.setattr(trainer, "training_kernels", kernels)
+    watch(trainer.Step, "__call__")
+    for name in ("score_images", "score_latents", "encode_images", "recompute_statistics"):
+        watch(trainer, name)
+    train(tmp_path / "run", "--epochs", "1", "--epochs2", "1")
+    measured = {(n, False) for n in ("score_images", "score_latents", "encode_images", "recompute_statistics")}
+    assert seen == measured | {("__call__", True)}

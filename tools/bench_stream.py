@@ -29,7 +29,7 @@ from bvae.balance import BalancedLoss
 from bvae.batches import ImageBatches, to_device
 from bvae.config import find_preset
 from bvae.graph import make_runner
-from bvae.machine import describe_device, pick_device, versions
+from bvae.machine import describe_device, pick_device, training_kernels, versions
 from bvae.mapped import MappedImages
 from bvae.models.vae import first_stage
 from bvae.step import Step
@@ -54,6 +54,8 @@ class Training:
         self.epoch = self.done = 0
         batches.begin(0)
         self.runner = make_runner(batches, step, True)
+        if batches.device.type == "cuda" and self.runner.why_eager is not None:
+            sys.exit(f"error: {self.runner.why_eager}")  # what is measured would not be what bvae.train runs
 
     def run(self, steps: int) -> float:
         """Images a second over `steps` steps."""
@@ -151,7 +153,8 @@ def main() -> None:
                 report["memory"].append({"file_bytes": path.stat().st_size, "peak_bytes": int(run.stdout)})
                 print(f"file of {gib:5.2f} GiB: a peak of {int(run.stdout) / 2**20:7.1f} MiB of memory", flush=True)
         write_images(path, args.images)
-        report[device.type] = rates = compare(path, device, args.rounds, args.steps)
+        with training_kernels(device, amp=True):
+            report[device.type] = rates = compare(path, device, args.rounds, args.steps)
     print(f"stage 1 of {CONFIG.preset}, batch {CONFIG.batch}, {args.images} images: images/s, median")
     print(f"  from memory     {rates['resident']:9.1f}")
     print(f"  from the file   {rates['streamed']:9.1f}")

@@ -21,6 +21,7 @@ not depend on them. tools/bench_table.py writes the JSON's table into the docume
 import argparse
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib.metadata
 import importlib.util
@@ -45,7 +46,7 @@ from bvae.balance import BalancedLoss
 from bvae.batches import Batches, ImageBatches, LatentBatches
 from bvae.config import Config, find_preset
 from bvae.graph import make_runner
-from bvae.machine import describe_device, has_bf16, pick_device, versions
+from bvae.machine import describe_device, has_bf16, pick_device, training_kernels, versions
 from bvae.models.conv import Conv3x3, ConvTranspose3x3
 from bvae.models.half import Linear
 from bvae.models.norm import BatchNormReLU
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_flush_denormal(True)  # as bvae.train does; it helps every contestant
     if args.memory_of:
         recipe, stage, name = args.memory_of
-        print(peak_memory(CONTESTANTS[name], configure(recipe, args.quick), int(stage), device))
+        print(peak_memory(functools.partial(contestant, name), configure(recipe, args.quick), int(stage), device))
         return
 
     names = [n for n in args.contestants if n != "pythae" or importlib.util.find_spec("pythae")]
@@ -128,7 +129,7 @@ def measure(
     """Figures of every contestant, by name."""
     runs, turn = {}, {}
     for name in names:
-        runs[name] = CONTESTANTS[name](config, stage, device)
+        runs[name] = contestant(name, config, stage, device)
         timed(runs[name], 2, device)  # compiles, captures, warms up
         turn[name] = min(100, max(1, round(seconds / timed(runs[name], 1, device))))
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -152,6 +153,19 @@ def measure(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return figures
+
+
+def contestant(name: str, c: Config, stage: int, device: torch.device) -> Run:
+    """What trains, with the kernels that bvae.train has CUDA take at its precision."""
+    kernels = functools.partial(training_kernels, device, amp=has_bf16(device) and name != "plain")
+    with kernels():
+        run = CONTESTANTS[name](c, stage, device)
+
+    def run_so(steps: int) -> None:
+        with kernels():
+            run(steps)
+
+    return run_so
 
 
 def timed(run: Run, steps: int, device: torch.device) -> float:
@@ -281,6 +295,8 @@ def bvae(c: Config, stage: int, device: torch.device) -> Run:
     step.set_lr(c.lr)
     batches.begin(0)
     runner = make_runner(batches, step, wanted=True)
+    if device.type == "cuda" and runner.why_eager is not None:
+        sys.exit(f"error: {runner.why_eager}")  # what is measured would not be what bvae.train runs
     left = batches.steps
 
     def run(steps: int) -> None:

@@ -1,0 +1,57 @@
+"""What CUDA is told for training, which can be told without a CUDA device."""
+
+import pytest
+import torch
+
+from bvae.machine import training_kernels
+
+CUDA = torch.device("cuda")
+
+
+def told():
+    return torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+@pytest.fixture(autouse=True)
+def as_it_was():
+    before = told()
+    yield
+    torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_tf32_is_of_training_in_fp32():
+    before = told()
+    assert before == (False, False, True)
+    with training_kernels(CUDA, amp=False):
+        assert told() == (True, True, True)
+    assert told() == before
+    with training_kernels(CUDA, amp=True):
+        assert told() == (True, False, True)
+    with pytest.raises(KeyError), training_kernels(CUDA, amp=False):
+        raise KeyError
+    assert told() == before
+
+
+def test_where_tf32_is_off_it_stays_off():
+    torch.backends.cudnn.allow_tf32 = False
+    with training_kernels(CUDA, amp=False):
+        assert told() == (True, False, False)
+
+
+def test_what_was_set_before_is_kept():
+    torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True
+    with training_kernels(CUDA, amp=True):
+        assert told() == (True, True, True)
+    assert told() == (True, True, True)
+
+
+def test_nothing_is_told_on_a_cpu_or_where_algorithms_are_deterministic():
+    before = told()
+    with training_kernels(torch.device("cpu"), amp=False):
+        assert told() == before
+    torch.use_deterministic_algorithms(True)
+    try:
+        with training_kernels(CUDA, amp=False):
+            assert told() == before
+    finally:
+        torch.use_deterministic_algorithms(False)
