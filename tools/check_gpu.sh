@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that only a machine with a GPU can tell, in one go, with a short table last.
+# Everything that only a machine with a GPU can tell, in one go, with a short table last. Exit code 1 where a row failed.
 #
 #   tools/check_gpu.sh OUT [CIFAR10]     OUT: a new folder for logs and results; CIFAR10: the official files
 #
@@ -17,22 +17,32 @@ steps=${STEPS:-20000}
 mkdir -p "$out" && out=$(cd "$out" && pwd)
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 table=()
+failed=0
 
 run() { # NAME COMMAND...: runs it into OUT/NAME.log and notes how it ended
     local name=$1 started=$SECONDS code=0
     shift
     echo "== $name: $*"
     "$@" >"$out/$name.log" 2>&1 || code=$?
-    table+=("$(printf '%-16s %-10s %5d s   %s' "$name" "$([ $code = 0 ] && echo ok || echo "FAILED $code")" \
+    [ $code = 0 ] || failed=1
+    table+=("$(printf '%-24s %-10s %5d s   %s' "$name" "$([ $code = 0 ] && echo ok || echo "FAILED $code")" \
         $((SECONDS - started)) "$(grep -v '^$' "$out/$name.log" | tail -n 1 | cut -c1-90)")")
 }
 
 run build python setup.py build_ext --inplace
 run info python -m bvae.info
 if [ "$device" = cuda ]; then
-    run tests python -m pytest -q -m gpu
+    run collect python -m pytest -q --collect-only -m gpu
+    # A process for each file: an error of CUDA's stays in a process, and would fail every test after it.
+    for file in $(sed -n 's/^\(tests.*\.py\)::.*/\1/p' "$out/collect.log" | sort -u); do
+        run "$(basename "$file" .py)" python -m pytest -q -m gpu "$file"
+    done
     for tool in memcheck racecheck; do
-        run "$tool" compute-sanitizer --tool $tool --error-exitcode 9 python -m pytest -q -m gpu -k "float64_twin or gather or empty or 513" tests/test_ops.py tests/test_ops_large.py
+        for name in test_ops test_ops_large; do
+            # Without caching each tensor is an allocation of its own, whose bounds memcheck knows.
+            run "${tool}_$name" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool \
+                --error-exitcode 9 python -m pytest -q -m gpu -k "float64_twin or gather or empty or 513" "tests/$name.py"
+        done
     done
 fi
 run bench_kernels python tools/bench_kernels.py --device "$device" --json "$out/bench_kernels.json"
@@ -58,3 +68,4 @@ fi
 
 echo
 printf '%s\n' "${table[@]}"
+exit $failed
