@@ -163,6 +163,10 @@ class Source:
     lists: list[Item] = field(default_factory=list)
     split_folders: set[str] = field(default_factory=set)
 
+    def where(self, item: Item) -> str:
+        """What to call an item in a message."""
+        return os.path.join(self.path, item.name) if self.kind == "folder" else f"{self.path}[{item.name}]"
+
     def chunks(
         self, wanted: Callable[[int], bool], images: int = CHUNK_IMAGES
     ) -> Iterator[tuple[list[int], list[Item]]]:

@@ -60,8 +60,7 @@ def decode(
     def reject(number: int, reason: str) -> None:
         item = source.items[number]
         if strict:
-            where = os.path.join(source.path, item.name) if source.kind == "folder" else f"{source.path}[{item.name}]"
-            raise refusal(where, reason)
+            raise refusal(source.where(item), reason)
         rejects.append((item.name, reason))
 
     for number in np.flatnonzero(plan.part == UNLISTED).tolist():

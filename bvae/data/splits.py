@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bvae.data.archive import PARTITION_LISTS, SPLIT_FOLDERS, Source
+from bvae.data.archive import PARTITION_LISTS, SPLIT_FOLDERS, SUFFIXES, Source, UnusableItem
 from bvae.data.recipe import Rejected
 from bvae.data.refusal import refusal
 from bvae.errors import UserError
@@ -64,7 +65,7 @@ def make_plan(
     if partition is not None and fractions is not None:
         raise UserError("--partition and --split contradict each other: both say which image is for what")
     if partition is not None:
-        plan = _by_list(source, str(partition), _read_file(partition))
+        plan = _by_list(source, str(partition), partition.name, _read_file(partition))
         if plan is None:
             raise refusal(partition, f"names none of the {len(source.items)} images of {source.path}")
     elif fractions is not None:
@@ -79,6 +80,9 @@ def make_plan(
 
 def parse_fractions(text: str) -> Fractions:
     """`0.8,0.1,0.1` -> fractions of train, val and test. Raises ValueError."""
+    # Without exponents: one of eight digits takes hours.
+    if not re.fullmatch(r"[\d\s.,/+-]{1,100}", text):
+        raise ValueError("numbers are expected")
     train, val, test = (Fraction(part) for part in text.split(","))
     if min(train, val, test) < 0 or train + val + test != 1:
         raise ValueError("three fractions that add up to 1 are expected")
@@ -109,7 +113,7 @@ def parse_list(data: bytes, where: str) -> dict[str, int]:
             continue
         fields = line.rsplit("," if "," in line else None, 1)
         name, value = (text.strip().strip('"') for text in (fields if len(fields) == 2 else ("", line)))
-        if number == 1 and name and not value.isdigit():
+        if number == 1 and len(lines) > 1 and name and not name.lower().endswith(SUFFIXES) and not value.isdigit():
             continue  # the heading of a CSV
         if not name or value not in numbers:
             raise refusal(where, f"line {number} is no `name 0`, 1 (val) or 2 (test): {line[:80]!r}")
@@ -126,21 +130,24 @@ def _by_found_list(source: Source) -> Plan | None:
         try:
             data = item.read()
         except Rejected as error:
-            raise refusal(f"{source.path}[{item.name}]", str(error)) from error
-        if plan := _by_list(source, item.name, data):
+            raise refusal(source.where(item), str(error)) from error
+        if plan := _by_list(source, source.where(item), os.path.basename(item.name), data):
             return plan
     folders = {os.path.dirname(os.path.abspath(path)) for path in (Path(source.path), *source.files)}
     for folder in sorted(folders):
         for name in PARTITION_LISTS:
             path = Path(folder, name)
-            if path.is_file() and (plan := _by_list(source, name, _read_file(path))):
+            if path.is_file() and (plan := _by_list(source, str(path), name, _read_file(path))):
                 return plan
     return None
 
 
-def _by_list(source: Source, where: str, data: bytes) -> Plan | None:
-    """A list names images by their path in the source or, as CelebA's, by the last part of it; if none of these is
-    there, by that without its suffix, so that it also serves for images stored in another format."""
+def _by_list(source: Source, where: str, name: str, data: bytes) -> Plan | None:
+    """A list, called `where` in messages.
+
+    It names images by their path in the source or, as CelebA's, by the last part of it; if none of these is there, by
+    that without its suffix, so that it also serves for images stored in another format.
+    """
     parts = parse_list(data, where)
     part, met = _look_up(source, parts)
     if not met:
@@ -148,7 +155,6 @@ def _by_list(source: Source, where: str, data: bytes) -> Plan | None:
         part, met = _look_up(source, parts, suffix=False)
     if not met:
         return None
-    name = os.path.basename(where)
     without = len(parts) - len(met)
     description = {
         "by": "list",
@@ -191,7 +197,7 @@ def _by_folders(source: Source, seed: int) -> Plan | None:
     description: dict[str, Any] = {"by": "folders", "images_outside": int((part == OUTSIDE).sum())}
     how = "sub-folders"
     if not (part == TEST).any():
-        part[hold_out(source.path, np.flatnonzero(part == TRAIN), seed)] = TEST
+        part[hold_out(source.path, _usable(source, part == TRAIN), seed)] = TEST
         description |= {"test": f"1/{HELD_OUT} of train", "seed": seed}
         how += f", a tenth of train for test (seed {seed})"
     return Plan(part, how, description)
@@ -225,19 +231,29 @@ def hold_out(where: Path | str, among: np.ndarray, seed: int) -> np.ndarray:
     return among[np.random.default_rng(seed).permutation(len(among))[: max(1, len(among) // HELD_OUT)]]
 
 
+def _usable(source: Source, among: np.ndarray) -> np.ndarray:
+    """The numbers of the items among which a split is drawn: not those that the listing shows to be of no use.
+
+    All, if less than two are left: then it is the first of them that tells the user what is wrong.
+    """
+    numbers = np.flatnonzero(among)
+    usable = [number for number in numbers.tolist() if not isinstance(source.items[number], UnusableItem)]
+    return np.array(usable) if len(usable) > 1 else numbers
+
+
 def _by_default(source: Source, seed: int) -> Plan:
     part = np.full(len(source.items), TRAIN, np.int8)
-    part[hold_out(source.path, np.arange(len(part)), seed)] = TEST
+    part[hold_out(source.path, _usable(source, part == TRAIN), seed)] = TEST
     return Plan(
         part, f"a tenth for test (seed {seed})", {"by": "fractions", "fractions": ["9/10", "0", "1/10"], "seed": seed}
     )
 
 
 def _by_fractions(source: Source, fractions: Fractions, seed: int) -> Plan:
-    count = len(source.items)
-    order = np.random.default_rng(seed).permutation(count)
+    part = np.full(len(source.items), TRAIN, np.int8)
+    order = np.random.default_rng(seed).permutation(_usable(source, part == TRAIN))
+    count = len(order)
     tests = max(1, int(count * fractions[TEST])) if fractions[TEST] else 0
-    part = np.full(count, TRAIN, np.int8)
     part[order[:tests]] = TEST
     part[order[tests : tests + int(count * fractions[VAL])]] = VAL
     words = ", ".join(str(float(fraction)) for fraction in fractions)

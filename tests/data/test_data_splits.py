@@ -99,7 +99,10 @@ def test_lists_in_all_their_forms():
         assert parse_list(text.encode(), "list") == expected
     for text, word in (
         ("", "no lines"),
-        ("heading only", "no lines"),
+        ("heading only", "line 1"),
+        ("a.jpg;0", "line 1"),
+        ("a.jpg train\nb.jpg 0\n", "line 1"),
+        ("a.jpg,train\nb.jpg,0\n", "line 1"),
         ("a.jpg 0\nb.jpg 3", "line 2"),
         ("a.jpg 0\nb.jpg", "line 2"),
         ("a.jpg 0\na.jpg 1", "another part"),
@@ -135,6 +138,21 @@ def test_sub_folders_without_a_test(tmp_path):
     assert sorted(make_plan(source).part.tolist()) == [TRAIN, TEST]
 
 
+def test_splits_are_drawn_among_images_that_may_be_of_use(tmp_path):
+    write_folder(tmp_path / "a", {f"{n}.png": b"x" for n in range(10)})
+    for n in range(90):
+        (tmp_path / "a" / f"link{n}.png").symlink_to("nothing")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "train").symlink_to(tmp_path / "a")
+    for source, fractions in (("a", None), ("b", None), ("a", "0.8,0.1,0.1")):
+        opened = open_source(tmp_path / source)
+        for seed in range(5):
+            plan = make_plan(opened, fractions=fractions and parse_fractions(fractions), seed=seed)
+            (test,) = np.flatnonzero(plan.part == TEST)
+            assert "link" not in opened.items[test].name and (plan.part >= TRAIN).all()
+            assert (plan.part == VAL).sum() == (1 if fractions else 0)
+
+
 def test_fractions_and_seed(tmp_path):
     source = open_source(write_zip(tmp_path / "a.zip", {f"{n:03}.png": b"x" for n in range(100)}))
     plan = make_plan(source, fractions=parse_fractions("0.7,0.2,0.1"), seed=1)
@@ -144,7 +162,7 @@ def test_fractions_and_seed(tmp_path):
     # By default the images that a .npy of them would give up.
     assert (np.flatnonzero(make_plan(source, seed=5).part == TEST) == np.sort(hold_out("", np.arange(100), 5))).all()
     assert parse_fractions("8/10,1/10,0.1") == (Fraction(4, 5), Fraction(1, 10), Fraction(1, 10))
-    for text in ("0.5,0.5", "0.5,0.6,0.1", "1.1,-0.1,0", "a,b,c", ""):
+    for text in ("1e99999999,0,0", "0.5,0.5", "0.5,0.6,0.1", "1.1,-0.1,0", "a,b,c", ""):
         with pytest.raises(ValueError):
             parse_fractions(text)
     refused(lambda: make_plan(source, fractions=parse_fractions("1,0,0")), "no image is for test")
@@ -163,4 +181,6 @@ def test_lists_that_cannot_be_read(tmp_path):
     refused(lambda: make_plan(source, partition=tmp_path / "absent.txt"), tmp_path / "absent.txt", "No such file")
     refused(lambda: make_plan(source, partition=tmp_path), "directory")
     source = open_source(write_zip(tmp_path / "b.zip", FACES | {"list_eval_partition.txt": b"\0\1 nonsense\nand more"}))
-    refused(lambda: make_plan(source), "list_eval_partition.txt", "line 2")
+    refused(lambda: make_plan(source), tmp_path / "b.zip[list_eval_partition.txt]", "line 2")
+    folder = write_folder(tmp_path / "c", FACES | {"list_eval_partition.txt": b"a.jpg 7\nb"})
+    refused(lambda: make_plan(open_source(folder)), folder / "list_eval_partition.txt", "line 1")
