@@ -1,5 +1,6 @@
 """What a user's mistake or machine may cause, and how a command line ends on it."""
 
+import io
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -19,6 +20,8 @@ class Interrupted(Exception):
 
 def run_command(command: Callable[[], int | None]) -> NoReturn:
     """Runs a command line's main and exits: its result (None is 0), 2 with one line on a UserError, 130 on Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names may hold what the terminal has no sign for
     try:
         code = command() or 0
     except UserError as error:

@@ -17,6 +17,7 @@ _STEMS = ("train-images", "t10k-images")
 _KINDS = ("-idx3-ubyte", ".idx3-ubyte")
 _MAGIC = (2051).to_bytes(4, "big")  # unsigned bytes, three dimensions
 _SQUARE = 28
+EDGE = (SIDE - _SQUARE) // 2  # zeros on each side
 _MOST = 2**24  # images
 
 
@@ -57,9 +58,8 @@ def read(path: Path) -> np.ndarray:
         raise refusal(path, "cannot be read", error) from error
     if len(data) != count * _SQUARE**2:
         raise refusal(path, f"has not the {count * _SQUARE**2} pixels of the {count} images it announces")
-    edge = (SIDE - _SQUARE) // 2
     images = np.frombuffer(data, np.uint8).reshape(count, _SQUARE, _SQUARE, 1)
-    return np.pad(images, ((0, 0), (edge, edge), (edge, edge), (0, 0)))
+    return np.pad(images, ((0, 0), (EDGE, EDGE), (EDGE, EDGE), (0, 0)))
 
 
 def _find_file(folder: Path, stem: str) -> Path | None:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,8 +83,15 @@ def prepare(
                     say(f"{opened.path}: {_count(len(opened.items), 'image')}, split by {plan.how}")
                     say(f"decoding with {decoder.name}: {decoder.why}")
                 meta, rejects = _write_images(opened, plan, decoder, writer, recipe, strict, quiet=say is None)
-        meta = writer.finish({"bvae": version("bvae"), "recipe": dataclasses.asdict(recipe), **meta}, rejects)
+        meta = writer.finish({"bvae": _own_version(), "recipe": dataclasses.asdict(recipe), **meta}, rejects)
     return Result(Path(out), meta, rejects, time.monotonic() - begin)
+
+
+def _own_version() -> str:
+    try:
+        return version("bvae")
+    except PackageNotFoundError:  # run from a checkout
+        return "not installed"
 
 
 def _write_images(
@@ -108,8 +115,8 @@ def _write_images(
     names = {split: [source.items[i].name for i in items[writer.here[split]]] for split, items in places.items()}
     for split in ("train", "test"):
         if not names[split]:
-            name, reason = rejects[0]
-            raise refusal(source.path, f"no image for {split} can be used: {name} {reason}")
+            name = source.items[places[split][0]].name
+            raise refusal(source.path, f"no image for {split} can be used: {name} {dict(rejects)[name]}")
     kept = sum(map(len, names.values()))
     return {
         "source": {"path": source.path, "kind": source.kind, "digest": source_digest},
@@ -130,6 +137,10 @@ def _write_idx(source: str, files: tuple[Path, Path], writer: StoreWriter, recip
     """What meta.json says of it."""
     if recipe.shape != (idx.SIDE, idx.SIDE, 1):
         raise refusal(source, f"idx files hold grey images, padded to {idx.SIDE}x{idx.SIDE}: --size 32 --channels 1")
+    if recipe != Recipe(size=idx.SIDE, channels=1):
+        raise refusal(
+            source, "idx files are padded, not cropped and resized: leave out --crop, --filter, --no-antialias"
+        )
     arrays = {"train": idx.read(files[0]), "val": np.empty((0, *recipe.shape), np.uint8), "test": idx.read(files[1])}
     counts = {split: len(array) for split, array in arrays.items()}
     writer.allocate(counts, recipe.shape)
@@ -143,6 +154,7 @@ def _write_idx(source: str, files: tuple[Path, Path], writer: StoreWriter, recip
             "kind": "idx",
             "digest": images.digest_of_files((file.name, file) for file in files),
         },
+        "recipe": {"size": idx.SIDE, "channels": 1, "padding": idx.EDGE},
         "decoder": {"name": "idx", "versions": {"numpy": np.__version__}},
         "split": {"by": "files"},
         "counts": {"read": kept, "kept": kept, "rejected": 0, "ignored": 0, **counts},
@@ -198,11 +210,14 @@ def main(
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    channels = args.channels or (1 if idx.find(Path(args.source)) else 3)
+    is_idx = idx.find(Path(args.source)) is not None
+    channels = args.channels or (1 if is_idx else 3)
     recipe = Recipe(
         size=args.size, channels=channels, crop=args.crop, filter=args.filter, antialias=not args.no_antialias
     )
     if args.preview is not None:
+        if is_idx:
+            raise refusal(args.source, "idx files are not resized: there is nothing for --preview to show")
         chunks = open_source(args.source).chunks(lambda number: number < PREVIEWED)
         count = write_preview((item for _, items in chunks for item in items), recipe, args.preview)
         print(f"{args.preview}: {_count(count, 'image')} under each filter")

@@ -15,6 +15,7 @@ import sys
 import time
 import zipfile
 import zlib
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -278,7 +279,30 @@ def test_images_missing_from_the_list_are_rejected(tmp_path):
 def test_where_nothing_can_be_used_there_is_no_store(tmp_path):
     source = write_zip(tmp_path / "a.zip", {f"{n}.jpg": b"x" for n in range(20)})
     refused(lambda: pillow(source, tmp_path / "s"), "no image for train can be used", "0.jpg")
-    assert os.listdir(tmp_path) == ["a.zip"]
+    files = {"train/a.jpg": b"x", "train/b.png": encode(picture()), "test/c.jpg": b"x", "test/d.jpg": b"x"}
+    refused(lambda: pillow(write_folder(tmp_path / "a", files), tmp_path / "s"), "no image for test", "test/c.jpg")
+    assert sorted(os.listdir(tmp_path)) == ["a", "a.zip"]
+
+
+def test_a_reject_whose_name_the_terminal_cannot_show(tmp_path):
+    source = write_zip(tmp_path / "a.zip", faces(6) | {"日本.jpg": b"x"})
+    options = ("--out", tmp_path / "s", "--size", "8", "--backend", "pillow", "--workers", "1")
+    done = subprocess.run(
+        [sys.executable, "-m", "bvae.data.prep", source, *options],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert r"\u65e5\u672c.jpg" in done.stdout and "read 7 = kept 6 + rejected 1" in done.stdout
+
+
+def test_a_checkout_that_is_not_installed_prepares_too(tmp_path, monkeypatch):
+    def absent(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(prep, "version", absent)
+    assert pillow(write_zip(tmp_path / "a.zip", faces(6)), tmp_path / "s").meta["bvae"] == "not installed"
 
 
 # --- MNIST
@@ -307,6 +331,7 @@ def test_mnist_is_padded_and_keeps_its_split(tmp_path, inner, packed):
         assert np.array_equal(images[:, 2:30, 2:30, 0], array)
         assert images.sum() == array.sum() and images.shape[1:] == (32, 32, 1)
     assert adds_up(store.meta)["val"] == 0 and store.meta["source"]["kind"] == "idx"
+    assert store.meta["recipe"] == {"size": 32, "channels": 1, "padding": 2}
     data = load(tmp_path / "mnist", side=32, channels=1)
     assert data.digest == store.digest and data.train.flags.writeable
 
@@ -317,6 +342,8 @@ def test_mnist_that_is_not_whole(tmp_path):
     grey = Recipe(size=32, channels=1)
     refused(lambda: pillow(folder, tmp_path / "s", Recipe(size=64, channels=1)), "--size 32")
     refused(lambda: pillow(folder, tmp_path / "s", grey, partition=tmp_path / "x"), "--partition")
+    refused(lambda: pillow(folder, tmp_path / "s", Recipe(size=32, channels=1, filter="lanczos")), "--filter")
+    refused(lambda: prep.main([str(folder), "--size", "32", "--preview", str(tmp_path / "p.png")]), "--preview")
     refused(lambda: load(folder, side=32, channels=3), "--channels 1")
     file = folder / "t10k-images-idx3-ubyte.gz"
     whole = gzip.decompress(file.read_bytes())
