@@ -218,6 +218,8 @@ def main(
     if args.preview is not None:
         if is_idx:
             raise refusal(args.source, "idx files are not resized: there is nothing for --preview to show")
+        if args.preview.resolve().is_relative_to(Path(args.source).resolve()):
+            raise refusal(args.preview, "lies in the source, where --preview writes nothing")
         chunks = open_source(args.source).chunks(lambda number: number < PREVIEWED)
         count = write_preview((item for _, items in chunks for item in items), recipe, args.preview)
         print(f"{args.preview}: {_count(count, 'image')} under each filter")

@@ -297,6 +297,13 @@ def test_a_reject_whose_name_the_terminal_cannot_show(tmp_path):
     assert r"\u65e5\u672c.jpg" in done.stdout and "read 7 = kept 6 + rejected 1" in done.stdout
 
 
+def test_a_preview_replaces_no_image_of_the_source(tmp_path):
+    source = write_folder(tmp_path / "a", {f"{n}.png": encode(picture(seed=n)) for n in range(3)})
+    before = (source / "0.png").read_bytes()
+    refused(lambda: prep.main([str(source), "--size", "8", "--preview", str(source / "0.png")]), source / "0.png")
+    assert (source / "0.png").read_bytes() == before
+
+
 def test_a_checkout_that_is_not_installed_prepares_too(tmp_path, monkeypatch):
     def absent(name):
         raise PackageNotFoundError(name)
