@@ -44,12 +44,12 @@ BVAE_HD float float_of(uint32_t u) {
 #endif
 }
 
-// v / 255, correctly rounded: the reciprocal and one Newton correction.
+// v / 255, correctly rounded, for v = 0, 1 ... 255: the reciprocal in two parts, and one rounding that counts.
 BVAE_HD float unit_from_u8(float v) {
 #if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__aarch64__)
-  const float r = 1.0f / 255.0f;
-  const float q = v * r;
-  return fused(fused(-255.0f, q, v), r, q);
+  constexpr float high = 1.0f / 255.0f;
+  constexpr float low = static_cast<float>(1.0 / 255.0 - static_cast<double>(high));
+  return fused(v, high, v * low);
 #else
   return v / 255.0f;
 #endif

@@ -88,17 +88,13 @@ __device__ __forceinline__ A unit_value(uint8_t v) {
   }
 }
 
-// A target element in the arithmetic type A. For float, uint8 is v * (1/255) rounded once, which is within an ulp of v /
-// 255 and one instruction: the product with 2^23 is exact.
+// A target element in the arithmetic type A; uint8 as the batch gather makes its images.
 template <class A, class T>
 __device__ __forceinline__ A target_value(T v) {
   if constexpr (sizeof(T) > 1) {
     return static_cast<A>(Element<T>::get(v));
-  } else if constexpr (sizeof(A) == 8) {
-    return unit_value<A>(v);
   } else {
-    const float r = 1.0f / 255.0f;
-    return fused(float_above_2_23(v), r, -8388608.0f * r);
+    return unit_value<A>(v);
   }
 }
 
