@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> balanced_loss(const Tensor& recon, co
   } else {
     on_cuda(recon, [&]([[maybe_unused]] Launch launch) {
 #ifdef BVAE_WITH_CUDA
-      Tensor scratch = empty(recon, {balanced_loss_scratch_bytes(numel, launch.device)}, ScalarType::Byte);
+      Tensor scratch = empty(recon, {balanced_loss_scratch_bytes(numel, launch)}, ScalarType::Byte);
       return cuda_balanced_loss(
           {p.recon_type, p.target_type, r, t, kl.const_data_ptr(), gamma2_data, skipped_data, loss.mutable_data_ptr(),
            sse.mutable_data_ptr(), stats_data, static_cast<float*>(gamma2_used.mutable_data_ptr()),

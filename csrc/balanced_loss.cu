@@ -6,7 +6,7 @@ namespace bvae {
 namespace {
 
 // Depends on the size and the device alone, so that sums do too.
-unsigned int blocks_for(int64_t numel, int device) { return one_wave((numel + 7) / 8, device); }
+unsigned int blocks_for(int64_t numel, Launch launch) { return one_wave((numel + 7) / 8, launch); }
 
 template <class R, class T, bool logits>
 __global__ void __launch_bounds__(kThreads, kBounds<R>) loss_kernel(LossArgs args, int64_t vectors) {
@@ -176,8 +176,13 @@ int64_t vectors_of(const void* recon, const void* target, const void* grad, int6
 
 const char* cuda_error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
-int64_t balanced_loss_scratch_bytes(int64_t numel, int device) {
-  return kTicketBytes + static_cast<int64_t>(sizeof(double)) * blocks_for(numel, device);
+int cuda_multiprocessors(int device, int* count) {
+  BVAE_CUDA_TRY(cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device));
+  return 0;
+}
+
+int64_t balanced_loss_scratch_bytes(int64_t numel, Launch launch) {
+  return kTicketBytes + static_cast<int64_t>(sizeof(double)) * blocks_for(numel, launch);
 }
 
 int cuda_balanced_loss(const LossArgs& args, Launch launch) {
@@ -186,7 +191,7 @@ int cuda_balanced_loss(const LossArgs& args, Launch launch) {
   BVAE_CUDA_TRY(cudaMemsetAsync(args.scratch, 0, kTicketBytes, stream));
   return with_types(args.recon_type, args.target_type, [&]<class R, class T>() {
     const int64_t vectors = vectors_of<R, T>(args.recon, args.target, nullptr, args.numel);
-    const unsigned int blocks = blocks_for(args.numel, launch.device);
+    const unsigned int blocks = blocks_for(args.numel, launch);
     if (args.logits) {
       loss_kernel<R, T, true><<<blocks, kThreads, 0, stream>>>(args, vectors);
     } else {
@@ -201,7 +206,7 @@ int cuda_balanced_loss_backward(const LossGradArgs& args, Launch launch) {
   const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
   return with_types(args.recon_type, args.target_type, [&]<class R, class T>() {
     const int64_t vectors = vectors_of<R, T>(args.recon, args.target, args.grad_recon, args.numel);
-    const unsigned int blocks = blocks_for(args.numel, launch.device);
+    const unsigned int blocks = blocks_for(args.numel, launch);
     if (args.logits) {
       loss_grad_kernel<R, T, true><<<blocks, kThreads, 0, stream>>>(args, vectors);
     } else {

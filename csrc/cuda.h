@@ -8,15 +8,19 @@ namespace bvae {
 
 struct Launch {
   int device;
+  int multiprocessors;
   void* stream;
 };
 
 const char* cuda_error_string(int error);
 
+// Writes how many multiprocessors the device has.
+int cuda_multiprocessors(int device, int* count);
+
 // Bytes of scratch memory a call needs for its partial sums and its ticket. Scratch is per call: with a global ticket,
 // two streams or two replays of a graph would race.
-int64_t sample_kl_scratch_bytes(int64_t batch, int64_t k, int device);
-int64_t balanced_loss_scratch_bytes(int64_t numel, int device);
+int64_t sample_kl_scratch_bytes(int64_t batch, int64_t k, Launch launch);
+int64_t balanced_loss_scratch_bytes(int64_t numel, Launch launch);
 
 struct SampleArgs {
   DType type;

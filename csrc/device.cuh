@@ -26,18 +26,11 @@ constexpr int kResident = 4;
 template <class T, int resident = kResident>
 constexpr int kBounds = sizeof(T) == 8 ? 2 : resident;
 
-inline int multiprocessors(int device) {
-  int count = 0;
-  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess && count > 0) return count;
-  cudaGetLastError();  // the launch itself will report what is wrong with the device
-  return 1;
-}
-
 // Enough blocks for `items` threads, and no more than the device holds at once: with a second wave, the last blocks
 // would leave most of it idle.
-inline unsigned int one_wave(int64_t items, int device, int resident = kResident) {
+inline unsigned int one_wave(int64_t items, Launch launch, int resident = kResident) {
   const int64_t wanted = (items + kThreads - 1) / kThreads;
-  const int64_t most = static_cast<int64_t>(multiprocessors(device)) * resident;
+  const int64_t most = static_cast<int64_t>(launch.multiprocessors) * resident;
   return static_cast<unsigned int>(wanted < 1 ? 1 : (wanted < most ? wanted : most));
 }
 

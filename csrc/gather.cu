@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(I) == 4 ? kGatherResident : 4
 template <class T, int n>
 void launch_packs(const GatherArgs& args, int64_t packs, Launch launch) {
   const int64_t total = args.batch * packs;
-  const unsigned int blocks = one_wave(total, launch.device, kGatherResident);
+  const unsigned int blocks = one_wave(total, launch, kGatherResident);
   const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
   if (total < INT32_MAX) {  // half of what uint32_t holds, so that i + step cannot wrap
     gather_kernel<T, n, uint32_t>

@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample_kl(const Tensor& mu, const Ten
   } else {
     on_cuda(mu, [&]([[maybe_unused]] Launch launch) {
 #ifdef BVAE_WITH_CUDA
-      Tensor scratch = empty(mu, {sample_kl_scratch_bytes(s.batch, s.k, launch.device)}, ScalarType::Byte);
+      Tensor scratch = empty(mu, {sample_kl_scratch_bytes(s.batch, s.k, launch)}, ScalarType::Byte);
       return cuda_sample_kl({type, m, l, z.mutable_data_ptr(), kl.mutable_data_ptr(), moments.mutable_data_ptr(),
                              rng_data, state_data, scratch.mutable_data_ptr(), s.batch, s.k, first_sample, advance},
                             launch);

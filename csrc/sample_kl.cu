@@ -19,12 +19,12 @@ struct Grid {
 };
 
 // Depends on the shape and the device alone, so that sums do too.
-Grid grid_for(int64_t batch, int64_t k, int device, int resident = kSampleResident) {
+Grid grid_for(int64_t batch, int64_t k, Launch launch, int resident = kSampleResident) {
   Grid g;
   g.quads = (k + 3) / 4;
   g.columns = (k + kLatentsX - 1) / kLatentsX;
   if (g.columns < 1) g.columns = 1;
-  const int64_t wave = static_cast<int64_t>(multiprocessors(device)) * resident / g.columns;
+  const int64_t wave = static_cast<int64_t>(launch.multiprocessors) * resident / g.columns;
   g.chunks = (batch + kRowsY - 1) / kRowsY;
   if (g.chunks > wave) g.chunks = wave;
   if (g.chunks > kMaxChunks) g.chunks = kMaxChunks;
@@ -244,15 +244,15 @@ int with_type(DType type, const F& f) {
 
 }  // namespace
 
-int64_t sample_kl_scratch_bytes(int64_t batch, int64_t k, int device) {
-  const Grid g = grid_for(batch, k, device);
+int64_t sample_kl_scratch_bytes(int64_t batch, int64_t k, Launch launch) {
+  const Grid g = grid_for(batch, k, launch);
   return ticket_bytes(g) + static_cast<int64_t>(sizeof(double)) * ((g.chunks + g.groups) * 4 * k + g.columns);
 }
 
 int cuda_sample_kl(const SampleArgs& args, Launch launch) {
   BVAE_CUDA_TRY(cudaSetDevice(launch.device));
   const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
-  const Grid g = grid_for(args.batch, args.k, launch.device);
+  const Grid g = grid_for(args.batch, args.k, launch);
   BVAE_CUDA_TRY(cudaMemsetAsync(args.scratch, 0, static_cast<size_t>(ticket_bytes(g)), stream));
   return with_type(args.type, [&]<class T>() {
     if (quads_aligned<T>(args.mu, args.log_sigma, args.z, nullptr, nullptr, args.k)) {
@@ -268,7 +268,7 @@ int cuda_sample_kl_backward(const SampleGradArgs& args, Launch launch) {
   if (args.batch == 0 || args.k == 0) return 0;
   BVAE_CUDA_TRY(cudaSetDevice(launch.device));
   const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
-  const Grid g = grid_for(args.batch, args.k, launch.device, kResident);
+  const Grid g = grid_for(args.batch, args.k, launch, kResident);
   return with_type(args.type, [&]<class T>() {
     if (quads_aligned<T>(args.mu, args.log_sigma, args.grad_z, args.grad_mu, args.grad_log_sigma, args.k)) {
       sample_grad_kernel<T, true><<<dims(g), kThreads, 0, stream>>>(args, g.quads);

@@ -159,7 +159,7 @@ inline const void* optional_data(const std::optional<Tensor>& t) {
   return t.has_value() ? t->const_data_ptr() : nullptr;
 }
 
-// Runs launch(Launch{device, stream}) on the device and current stream of `on`.
+// Runs launch(Launch) on the device and current stream of `on`.
 template <class F>
 void on_cuda(const Tensor& on, [[maybe_unused]] const F& launch) {
 #ifdef BVAE_WITH_CUDA
@@ -167,9 +167,10 @@ void on_cuda(const Tensor& on, [[maybe_unused]] const F& launch) {
   torch::stable::accelerator::DeviceGuard guard(device);
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                   "bvae: a CUDA tensor reached the extension, but this PyTorch was built without CUDA");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const int error = launch(Launch{device, stream});
+  Launch on_stream{device, 0, nullptr};
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &on_stream.stream));
+  int error = cuda_multiprocessors(device, &on_stream.multiprocessors);
+  if (error == 0) error = launch(on_stream);
   STD_TORCH_CHECK(error == 0, "bvae: CUDA launch failed: ", cuda_error_string(error));
 #else
   STD_TORCH_CHECK(on.is_cpu(),
