@@ -7,11 +7,13 @@
 namespace bvae {
 namespace {
 
-constexpr int kGatherResident = 8;
+// I counts packs of n elements: 32 bits where they are enough, for their divisions are much cheaper and take few
+// registers.
+template <class I>
+constexpr int kGatherResident = sizeof(I) == 4 ? 8 : kResident;
 
-// I counts packs of n elements: 32 bits where they are enough, for their divisions are much cheaper.
 template <class T, int n, class I>
-__global__ void __launch_bounds__(kThreads, sizeof(I) == 4 ? kGatherResident : 4) gather_kernel(GatherArgs args, I packs, I total) {
+__global__ void __launch_bounds__(kThreads, kGatherResident<I>) gather_kernel(GatherArgs args, I packs, I total) {
   using A = typename Arithmetic<T>::type;
   // Within an image 32 bits are always enough (gather.cpp checks).
   const uint32_t width = static_cast<uint32_t>(args.width), channels = static_cast<uint32_t>(args.channels);
@@ -51,16 +53,19 @@ __global__ void __launch_bounds__(kThreads, sizeof(I) == 4 ? kGatherResident : 4
   }
 }
 
+template <class T, int n, class I>
+void launch_counted(const GatherArgs& args, I packs, I total, Launch launch) {
+  const unsigned int blocks = one_wave(total, launch, kGatherResident<I>);
+  gather_kernel<T, n, I><<<blocks, kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(args, packs, total);
+}
+
 template <class T, int n>
 void launch_packs(const GatherArgs& args, int64_t packs, Launch launch) {
   const int64_t total = args.batch * packs;
-  const unsigned int blocks = one_wave(total, launch, kGatherResident);
-  const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
   if (total < INT32_MAX) {  // half of what uint32_t holds, so that i + step cannot wrap
-    gather_kernel<T, n, uint32_t>
-        <<<blocks, kThreads, 0, stream>>>(args, static_cast<uint32_t>(packs), static_cast<uint32_t>(total));
+    launch_counted<T, n, uint32_t>(args, static_cast<uint32_t>(packs), static_cast<uint32_t>(total), launch);
   } else {
-    gather_kernel<T, n, int64_t><<<blocks, kThreads, 0, stream>>>(args, packs, total);
+    launch_counted<T, n, int64_t>(args, packs, total, launch);
   }
 }
 
