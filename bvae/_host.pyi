@@ -21,7 +21,8 @@ class RowFile:
 
 class RowStream:
     """Batches of rows in the order `order` (int64 [batches * batch]), read ahead into the buffers `slots` (addresses of
-    batch * row_bytes bytes) by threads. Raises ReadError where the file was changed, IndexError for a row it lacks."""
+    batch * row_bytes bytes) by threads. Raises ReadError where the file was changed or the system gives no threads,
+    IndexError for a row it lacks."""
 
     def __init__(self, file: RowFile, order: np.ndarray, batch: int, slots: Sequence[int], threads: int) -> None: ...
     def next(self, wait: bool = True) -> int | None:
@@ -32,6 +33,6 @@ class RowStream:
     def release(self) -> None:
         """Lets the oldest place that next() gave and that was not released be filled anew."""
     def close(self) -> None:
-        """Ends the threads; next() raises StopIteration then."""
+        """Ends the threads; next() raises StopIteration then. Several threads may call it."""
 
 def build_info() -> dict[str, str]: ...

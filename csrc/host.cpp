@@ -86,7 +86,7 @@ PYBIND11_MODULE(_host, m) {
       .def("check_unchanged", &bvae::RowFile::check_unchanged);
   py::class_<Stream>(m, "RowStream")
       .def(py::init<std::shared_ptr<bvae::RowFile>, Index, int64_t, const std::vector<uintptr_t>&, int>(),
-           py::arg("file"), py::arg("order").noconvert(), py::arg("batch"), py::arg("slots"), py::arg("threads"))
+           py::arg("file").none(false), py::arg("order").noconvert(), py::arg("batch"), py::arg("slots"), py::arg("threads"))
       .def("next", &Stream::next, py::arg("wait") = true)
       .def("release", [](Stream& stream) { stream.rows->release(); })
       .def("close", [](Stream& stream) {

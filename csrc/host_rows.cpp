@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <cstring>
 #include <set>
+#include <system_error>
 
 namespace bvae {
 namespace {
@@ -131,8 +132,11 @@ RowStream::RowStream(std::shared_ptr<const RowFile> file, const int64_t* order, 
   try {
     const int64_t useful = std::min<int64_t>(threads, units_);
     for (int64_t i = 0; i < useful; ++i) threads_.emplace_back([this] { work(); });
-  } catch (...) {
+  } catch (const std::system_error& error) {
     close();  // the threads that did start
+    throw ReadError("reading threads cannot be started (" + reason(error.code().value()) + ")");
+  } catch (...) {
+    close();
     throw;
   }
   const std::lock_guard<std::mutex> lock(registry().mutex);
@@ -154,6 +158,7 @@ void RowStream::close() {
     stop_ = true;
   }
   room_.notify_all();
+  const std::lock_guard<std::mutex> lock(join_);
   for (std::thread& thread : threads_) thread.join();
   threads_.clear();
 }

@@ -62,7 +62,8 @@ class RowStream {
  public:
   enum class Ready { yes, no, ended };
 
-  // order: [batches * batch] row numbers, kept alive by the caller. slots: buffers of batch * row_bytes bytes.
+  // order: [batches * batch] row numbers, kept alive by the caller. slots: buffers of batch * row_bytes bytes. Throws
+  // ReadError where the file was changed or no thread can be started.
   RowStream(std::shared_ptr<const RowFile> file, const int64_t* order, int64_t count, int64_t batch,
             std::vector<uint8_t*> slots, int threads);
   ~RowStream();
@@ -75,7 +76,8 @@ class RowStream {
   // The oldest place that next() gave and that was not released yet may be filled anew. Throws std::logic_error.
   void release();
 
-  // Ends the threads; next() then gives nothing more. Safe to call twice.
+  // Ends the threads; next() then gives nothing more. Safe to call twice, and by several threads: all return after the
+  // reading threads' end.
   void close();
 
   // Whether this is a child of the process that has the threads. There, all but close() is undefined, and a stream must
@@ -105,6 +107,7 @@ class RowStream {
   int64_t released_ = 0;   // of them, those whose place is free again
   std::vector<int64_t> done_;  // pieces read of the batch in each place
   std::string error_;
+  std::mutex join_;  // held while threads_ are joined
   std::vector<std::thread> threads_;
 };
 

@@ -243,6 +243,8 @@ def test_rows_that_are_not_there_are_refused(stored):
         images.file.read(np.array([0, 1], np.int32), buffer.ctypes.data)
     with pytest.raises(ValueError, match="whole batches"):
         _host.RowStream(images.file, np.arange(3), 2, [buffer.ctypes.data], 1)
+    with pytest.raises(TypeError):
+        _host.RowStream(None, np.arange(2), 2, [buffer.ctypes.data], 1)
 
 
 # ---- threads --------------------------------------------------------------------------------------------------------
@@ -277,6 +279,43 @@ def test_waiting_lets_other_threads_run(stored):
     timer.start()
     assert stream.next() == 0
     timer.join()
+
+
+def test_several_threads_may_close_a_stream(stored):
+    before = reading_threads()
+    file = MappedImages(stored, CPU).file
+    slots = np.zeros((2, 75), np.uint8)
+    for _ in range(50):
+        stream = _host.RowStream(file, np.arange(60), 1, [s.ctypes.data for s in slots], 8)
+        closers = [threading.Thread(target=stream.close) for _ in range(4)]
+        for closer in closers:
+            closer.start()
+        for closer in closers:
+            closer.join()
+    assert reading_threads() == before
+
+
+def test_threads_that_cannot_start_are_an_error_of_reading(tmp_path):
+    write_images(tmp_path / "train.npy", count=200)
+    script = """
+        import resource, sys
+        import numpy as np
+        from bvae import _host
+
+        data = np.load(sys.argv[1], mmap_mode="r")
+        file = _host.RowFile(sys.argv[1], data.offset, 75, 200)
+        slot = np.zeros(75, np.uint8)
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, used + 2**26))  # no room for so many threads' stacks
+        try:
+            _host.RowStream(file, np.arange(200), 1, [slot.ctypes.data], 200)
+        except _host.ReadError as error:
+            print(error)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "train.npy")]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("reading threads cannot be started (")
 
 
 def test_no_thread_is_left_behind(stored, tmp_path):
