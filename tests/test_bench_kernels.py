@@ -33,11 +33,25 @@ def test_every_op_is_measured(tool, device, tmp_path, capsys):
     }
     for r in report["results"]:
         for rival in ("fused", "eager"):
+            assert r[rival]["timed"] == ("graph" if device == "cuda" else "loop")
             assert 0 < r[rival]["p20"] <= r[rival]["median"] <= r[rival]["p80"]
         assert r["share"] == pytest.approx(r["bytes"] / r["fused"]["median"] * 1e6 / report["copy_bytes_per_s"])
         assert r["eager_over_fused"] > 0
     printed = capsys.readouterr().out
     assert all(r["op"] in printed for r in report["results"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("elements", [2**14, 2**24])
+def test_on_cuda_every_call_is_recorded_on_the_clocks_stream(tool, elements):
+    device = torch.device("cuda")
+    clock, before = tool.Clock(device), torch.cuda.current_stream()
+    cases = tool.sample_cases(elements // 256, 64, "", device)
+    cases += tool.loss_cases(elements // 3072, 32, "bf16", "", device)
+    for case in cases:
+        result = tool.measure(case, clock, 2, ("fused", "eager"))
+        assert result["fused"]["timed"] == result["eager"]["timed"] == "graph", case.op
+        assert torch.cuda.current_stream() == before
 
 
 def test_bytes_are_those_that_must_move(tool):

@@ -12,8 +12,9 @@ bytes: what the operation has to move at least (each input read once, each outpu
 of copying a large tensor, measured in the same run. At the paper's sizes everything fits the caches and the share says
 little: there the time counts.
 
-On CUDA a call is timed by events: small ones as a CUDA graph of many calls, which leaves the launches from Python out;
-large ones one by one, each after the L2 cache was written over.
+On CUDA a call is timed by events, as a CUDA graph, which leaves the launches from Python out: small ones many in a
+graph, large ones one, each after the L2 cache was filled with something else. A call that no graph can record is timed
+as Python makes it, which is said on stderr and in the JSON ("timed": "loop").
 """
 
 import argparse
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ Call = Callable[[], Any]
 RIVALS = ("fused", "eager", "compiled")
 FLUSH_BYTES = 2**28  # more than any L2
 SMALL_BYTES = 2**24  # calls that move less are timed many at a time
-CALLS = 20
+CALLS, CPU_CALLS = 100, 20
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -188,48 +190,68 @@ def all_cases(elements: int, device: torch.device) -> list[Case]:
 # ---- the clock ------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Timed:
+    """What is timed: `calls` calls of an operation, recorded as a CUDA graph or made one by one from Python."""
+
+    run: Call
+    calls: int
+    recorded: bool
+
+
 class Clock:
-    """Seconds of one call."""
+    """Seconds of one call. On CUDA, calls must be set up, prepared and timed on the clock's own `stream`: autograd runs
+    a backward on the stream of its forward, and a graph can only record what runs on the stream it records."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.cuda = device.type == "cuda"
-        self.flush = torch.empty(FLUSH_BYTES if self.cuda else 0, dtype=torch.uint8, device=device)
+        self.side = torch.cuda.Stream(device) if self.cuda else None
+        with self.stream():
+            self.flush = torch.zeros(FLUSH_BYTES // 4 if self.cuda else 0, dtype=torch.int32, device=device)
 
-    def prepare(self, call: Call, small: bool) -> Call:
-        """Warms the call up; small ones become CALLS calls, on CUDA as one graph where it can be recorded."""
+    def stream(self) -> AbstractContextManager:
+        return nullcontext() if self.side is None else torch.cuda.stream(self.side)
+
+    def prepare(self, call: Call, small: bool, name: str) -> Timed:
+        """Warms the call up; small ones are taken many at a time, on CUDA as one graph where it can be recorded."""
         for _ in range(3):
             call()
-        if not small:
-            return call
-        many = lambda: [call() for _ in range(CALLS)]  # noqa: E731
-        if not self.cuda:
-            return many
-        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        side.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.graph(graph, stream=side):
-                many()
-        except RuntimeError:
-            torch.cuda.synchronize()
-            return many
-        return graph.replay
+        calls = (CALLS if self.cuda else CPU_CALLS) if small else 1
 
-    def seconds(self, call: Call, small: bool) -> float:
+        def run() -> None:
+            for _ in range(calls):
+                call()
+
+        if not self.cuda:
+            return Timed(run, calls, recorded=False)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.side):
+                run()
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            print(f"{name}: timed from Python, for no graph: {first_line(error.__context__ or error)}", file=sys.stderr)
+            return Timed(run, calls, recorded=False)
+        return Timed(graph.replay, calls, recorded=True)
+
+    def seconds(self, timed: Timed, small: bool) -> float:
         if not self.cuda:
             started = time.perf_counter()
-            call()
-            taken = time.perf_counter() - started
-        else:
-            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            if not small:
-                self.flush.zero_()
-            first.record()
-            call()
-            last.record()
-            last.synchronize()
-            taken = first.elapsed_time(last) / 1e3
-        return taken / CALLS if small else taken
+            timed.run()
+            return (time.perf_counter() - started) / timed.calls
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if not small:
+            self.flush.amax()  # read, for what is written would still have to leave the cache
+        first.record()
+        timed.run()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3 / timed.calls
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or ["failed"])[0]
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
@@ -241,30 +263,34 @@ def percentiles(values: list[float]) -> dict[str, float]:
 
 def copy_bandwidth(elements: int, clock: Clock, rounds: int) -> float:
     """Bytes a second, read and written, of copying a tensor of 4 bytes an element."""
-    source = torch.zeros(elements, device=clock.device)
-    target = torch.empty_like(source)
-    call = clock.prepare(lambda: target.copy_(source), small=False)
-    return 8 * elements / statistics.median(clock.seconds(call, small=False) for _ in range(rounds))
+    with clock.stream():
+        source = torch.rand(elements, device=clock.device)  # zeros may move faster
+        target = torch.empty_like(source)
+        timed = clock.prepare(lambda: target.copy_(source), small=False, name="copy")
+        return 8 * elements / statistics.median(clock.seconds(timed, small=False) for _ in range(rounds))
 
 
 def measure(case: Case, clock: Clock, rounds: int, rivals: tuple[str, ...]) -> dict[str, Any]:
     small = case.bytes < SMALL_BYTES
     result: dict[str, Any] = {"op": case.op, "size": case.size, "type": case.type, "bytes": case.bytes}
-    calls: dict[str, Call] = {}
-    for rival in rivals:
-        try:
-            calls[rival] = clock.prepare(case.make[rival](), small)
-        except Exception as error:  # of a compiler that cannot: the others are still worth measuring
-            if rival == "fused":
-                raise
-            result[rival] = None
-            print(f"{case.op}, {case.size}: {rival}: {(str(error).splitlines() or ['failed'])[0]}", file=sys.stderr)
-    times: dict[str, list[float]] = {rival: [] for rival in calls}
-    for _ in range(rounds):
-        for rival, call in calls.items():
-            times[rival].append(clock.seconds(call, small))
+    prepared: dict[str, Timed] = {}
+    with clock.stream():
+        for rival in rivals:
+            name = f"{case.op}, {case.size}: {rival}"
+            try:
+                prepared[rival] = clock.prepare(case.make[rival](), small, name)
+            except Exception as error:  # of a compiler that cannot: the others are still worth measuring
+                if rival == "fused":
+                    raise
+                result[rival] = None
+                print(f"{name}: {first_line(error)}", file=sys.stderr)
+        times: dict[str, list[float]] = {rival: [] for rival in prepared}
+        for _ in range(rounds):
+            for rival, timed in prepared.items():
+                times[rival].append(clock.seconds(timed, small))
     for rival, values in times.items():
         result[rival] = {name: 1e6 * value for name, value in percentiles(values).items()}
+        result[rival]["timed"] = "graph" if prepared[rival].recorded else "loop"
         if rival != "fused":
             pairs = zip(values, times["fused"], strict=True)
             result[f"{rival}_over_fused"] = statistics.median(a / b for a, b in pairs)
