@@ -282,17 +282,18 @@ def test_waiting_lets_other_threads_run(stored):
 
 
 def test_several_threads_may_close_a_stream(stored):
-    before = reading_threads()
     file = MappedImages(stored, CPU).file
     slots = np.zeros((2, 75), np.uint8)
     for _ in range(50):
         stream = _host.RowStream(file, np.arange(60), 1, [s.ctypes.data for s in slots], 8)
-        closers = [threading.Thread(target=stream.close) for _ in range(4)]
+        closers = [threading.Thread(target=stream.close, daemon=True) for _ in range(4)]
         for closer in closers:
             closer.start()
         for closer in closers:
-            closer.join()
-    assert reading_threads() == before
+            closer.join(timeout=30)
+            assert not closer.is_alive(), "it waits for a thread that another has joined"
+        with pytest.raises(StopIteration):
+            stream.next()
 
 
 def test_threads_that_cannot_start_are_an_error_of_reading(tmp_path):
