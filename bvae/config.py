@@ -124,6 +124,9 @@ class Config:
     """Where to train; auto takes CUDA when there is one."""
     graph: bool = _free(default=True)
     """On CUDA, replay whole steps from a CUDA graph; the numbers do not depend on it."""
+    compile: bool = _free(default=False)
+    """Let torch.compile make the network's passes: minutes at the start of a stage, then fused operations. Results
+    differ by roundings. Where it cannot be done the run says why and goes on without."""
     stream: Literal["auto", "always", "never"] = _free(default="auto")
     """Read images from their file while training; auto does where a .npy file or prepared store is too large for the
     device's memory. The batches do not depend on it."""

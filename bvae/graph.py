@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from bvae.batches import Batches
 from bvae.errors import UserError
@@ -65,25 +64,19 @@ class Graph:
     def __init__(self, batches: Batches, step: Step) -> None:
         self.batches = batches
         self.replays: dict[int, Callable[[], None]] = {}
-        state = [*step.state(), batches.position, *batches.state().values()]
-        kept = [t.detach().clone() for t in state]
 
         def steps(n: int) -> None:
             for _ in range(n):
                 step(*batches.draw())
 
-        with _recording() as record:
-            try:
-                for _ in range(WARM_UP):
-                    steps(1)
-                    _restore(state, kept)
-                # What a recorded step leaves in .grad must be of the graphs' own memory.
-                step.optimizer.zero_grad()
-                for n in (1, STEPS) if batches.resident else (1,):
-                    self.replays[n] = record(lambda n=n: steps(n))  # type: ignore[misc]
-            finally:
-                step.optimizer.zero_grad()
-                _restore(state, kept)
+        with _recording() as record, _undone(batches, step) as undo:
+            for _ in range(WARM_UP):
+                steps(1)
+                undo()
+            # What a recorded step leaves in .grad must be of the graphs' own memory.
+            step.optimizer.zero_grad()
+            for n in (1, STEPS) if batches.resident else (1,):
+                self.replays[n] = record(lambda n=n: steps(n))  # type: ignore[misc]
 
     def run(self, most: int) -> int:
         n = max(n for n in self.replays if n <= most)
@@ -118,10 +111,34 @@ def make_runner(batches: Batches, step: Step, wanted: bool, obstacle: str | None
     return Eager(batches, step, why)
 
 
-@torch.no_grad()
-def _restore(state: list[Tensor], kept: list[Tensor]) -> None:
-    for tensor, value in zip(state, kept, strict=True):
-        tensor.copy_(value)
+def compile_step(batches: Batches, step: Step) -> str | None:
+    """Has torch.compile make the step's passes: before a Graph, which then records them, and called when it may be.
+
+    Changes nothing else. Returns None, or in one line why it cannot be done: the step is then what it was.
+    """
+    with _undone(batches, step):
+        return step.compile(*batches.draw())
+
+
+@contextmanager
+def _undone(batches: Batches, step: Step) -> Iterator[Callable[[], None]]:
+    """Puts back what steps in the block have changed, at its end and where it calls what this gives.
+
+    At its end there are no gradients.
+    """
+    state = [*step.state(), batches.position, *batches.state().values()]
+    kept = [t.detach().clone() for t in state]
+
+    @torch.no_grad()
+    def undo() -> None:
+        for tensor, value in zip(state, kept, strict=True):
+            tensor.copy_(value)
+
+    try:
+        yield undo
+    finally:
+        step.optimizer.zero_grad()
+        undo()
 
 
 def _first_line(error: BaseException) -> str:

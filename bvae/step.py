@@ -1,13 +1,15 @@
 """One optimiser step of a VAE, the same for both stages; nothing in it waits for the device."""
 
+from types import FunctionType, MethodType
+
 import torch
 from torch import Tensor
 
 from bvae import ops
 from bvae.balance import GaussianVAELoss, Loss
 from bvae.checkpoint import prefixed, under
-from bvae.models.half import halved_weights
-from bvae.models.norm import flatten_statistics
+from bvae.models.half import Copies, halved_weights
+from bvae.models.norm import batch_norms, flatten_statistics
 from bvae.models.vae import VAE
 from bvae.world import ALONE, World
 
@@ -23,6 +25,13 @@ def vae_loss(
         z, kl, moments = ops.sample_kl(mu, log_sigma, rng, first_sample=first_sample)
         recon = model.decoder(z)
     return loss(recon, target, kl=kl, latents=mu.shape[1]), moments
+
+
+def _reason(error: Exception) -> str:
+    """Why torch.compile failed, in one line: that of the tool it called where its report has one."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line and not line.endswith("raised:")] or [type(error).__name__]
+    return next((line for line in lines if "error: " in line), lines[0])
 
 
 class Sums:
@@ -43,7 +52,7 @@ class Sums:
     def add(self, loss: Loss, moments: Tensor, good: Tensor) -> None:
         # sse/(2 gamma2 D) per image, which the computed gamma keeps near 1/2.
         balance = loss.mse / (2 * loss.gamma2)
-        values = torch.stack([loss.loss.detach().float(), loss.nll, loss.kl, loss.mse, balance])
+        values = torch.stack([loss.loss.float(), loss.nll, loss.kl, loss.mse, balance])
         bad = ~good
         # masked_fill, not where: a number given to where becomes a tensor on the host, which CUDA would wait for.
         self.parts += values.masked_fill(bad, 0.0)
@@ -105,30 +114,16 @@ class Step:
         # torch's Adam takes gradients of the parameters' own type only, and its gate costs another pass over them.
         self.halves = amp and rng.device.type == "cpu" and world.size == 1 and ops.FUSED_CPU_TRAINING
         penalised = {id(w) for w in l2_kernels}
-        self.halved = [p for p in halved_weights(model) if id(p) not in penalised] if self.halves else []
-        for p in model.parameters():
-            p.__dict__.pop("bf16_copy", None)  # of an earlier Step over the same model
-        for p in self.halved:
-            p.bf16_copy = p.detach().to(torch.bfloat16).requires_grad_()  # type: ignore[attr-defined]
-            p.copied_at = p._version  # type: ignore[attr-defined]
+        self.copies = Copies([p for p in halved_weights(model) if id(p) not in penalised] if self.halves else [])
+        self.objective = self._objective
         self.sums = Sums(latents, rng.device)
 
     def set_lr(self, lr: float) -> None:
         self.lr.fill_(lr)
 
     def __call__(self, x: Tensor, target: Tensor) -> None:
-        for p in self.halved:
-            if p.copied_at != p._version:  # type: ignore[attr-defined]  # somebody loaded other weights
-                p.bf16_copy.data.copy_(p)  # type: ignore[attr-defined]
-                p.copied_at = p._version  # type: ignore[attr-defined]
         before = [(t, t.clone()) for t in (self.statistics, self.loss.gamma2)]
-        loss, moments = vae_loss(self.model, self.loss, x, target, self.rng, self.amp, self.first_sample)
-        total = loss.loss
-        if self.l2_kernels:
-            total = total + self.l2 * torch.stack([w.square().sum() for w in self.l2_kernels]).sum()
-        self._zero_grad()
-        total.backward()
-        total = total.detach()
+        total, loss, moments = self._gradients(x, target)
         if self.world.size > 1:
             loss, total, moments = self._exchange(loss, total, moments)
 
@@ -145,17 +140,49 @@ class Step:
             tensor.copy_(torch.where(good, tensor, value))
         self.sums.add(loss, moments, good)
 
+    def _objective(self, x: Tensor, target: Tensor) -> tuple[Tensor, Loss, Tensor]:
+        """What is minimised, with its gradient; the loss in it and the posterior's moments."""
+        loss, moments = vae_loss(self.model, self.loss, x, target, self.rng, self.amp, self.first_sample)
+        total = loss.loss
+        if self.l2_kernels:
+            total = total + self.l2 * torch.stack([w.square().sum() for w in self.l2_kernels]).sum()
+        return total, loss._replace(loss=loss.loss.detach()), moments
+
+    def _gradients(self, x: Tensor, target: Tensor) -> tuple[Tensor, Loss, Tensor]:
+        with self.copies:
+            total, loss, moments = self.objective(x, target)
+        self._zero_grad()
+        total.backward()
+        return total.detach(), loss, moments
+
+    def compile(self, x: Tensor, target: Tensor) -> str | None:
+        """Lets torch.compile make the forward and backward pass of the steps to come, on batches like this one.
+
+        To be called in training mode. It runs both on the batch: the caller puts back what they move. Returns None, or
+        in one line why it cannot be done; the step then stays what it was.
+        """
+        if any(norm.gather is not None for norm in batch_norms(self.model)):
+            return "--sync-bn, which exchanges statistics in the middle of a pass"
+        # With a code object of its own: what is compiled is kept with that, and a process may have so many variants.
+        own = FunctionType(Step._objective.__code__.replace(), globals())
+        self.objective = torch.compile(MethodType(own, self), fullgraph=True, dynamic=False)
+        try:
+            self._gradients(x, target)
+        except Exception as error:  # of any of its many tools; what is not theirs the step itself will raise again
+            self.objective = self._objective
+            return _reason(error)
+        return None
+
     def _zero_grad(self) -> None:
         self.optimizer.zero_grad()
-        for p in self.halved:
-            p.bf16_copy.grad = None  # type: ignore[attr-defined]
+        self.copies.zero_grad()
 
     @torch.no_grad()
     def _fused_adam(self, total: Tensor) -> Tensor:
         """Adam where bf16 copies of the weights have the gradients; returns whether the step was finite."""
         gradients = []
         for p in self.parameters:
-            half = getattr(p, "bf16_copy", None)
+            half = self.copies.of.get(p)
             gradient = p.grad if half is None else half.grad
             if gradient is not None:
                 gradients.append((p, half, gradient))
@@ -176,7 +203,7 @@ class Step:
 
         What is not finite on one rank is so in the mean, on all of them: they agree on the step that is undone.
         """
-        parts = torch.stack([loss.loss.detach(), loss.nll, loss.kl, loss.mse, total])
+        parts = torch.stack([loss.loss, loss.nll, loss.kl, loss.mse, total])
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         *gradients, statistics, parts, moments = self.world.means([*gradients, self.statistics, parts, moments])
         for p, gradient in zip((p for p in self.parameters if p.grad is not None), gradients, strict=True):

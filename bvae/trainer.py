@@ -24,7 +24,7 @@ from bvae.data.shapes import FACTOR_TYPES
 from bvae.errors import Interrupted, UserError
 from bvae.fid_scores import fid_scorer, read_fid
 from bvae.files import encode_json, exists, write_atomically, writing
-from bvae.graph import Runner, make_runner
+from bvae.graph import Runner, compile_step, make_runner
 from bvae.machine import describe_device, training_kernels, versions
 from bvae.mapped import is_mapped, resident
 from bvae.metrics.latent import INACTIVE, factor_correlation, inactive, latent_variances
@@ -244,6 +244,11 @@ class Trainer:
             self._end_epoch(stage, stage.done // steps + 1)
 
     def _runner(self, stage: Stage) -> Runner:
+        if self.config.compile:
+            self.log.note(f"stage {stage.number}: compiling, which may take minutes")
+            why = compile_step(stage.batches, stage.step)
+            if why is not None:
+                self.log.note(f"stage {stage.number}: not compiled: {why}")
         runner = make_runner(stage.batches, stage.step, self.config.graph)
         if runner.why_eager is not None and self.device.type == "cuda":
             self.log.note(f"stage {stage.number}: steps run one by one, not as a CUDA graph: {runner.why_eager}")

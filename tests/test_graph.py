@@ -38,7 +38,8 @@ def make(stage=1, balance="computed", device="cpu", hflip=True, amp=False, count
     loss = make_loss(balance, logits=stage == 1, gamma=0.3 if balance == "fixed" else None).to(device)
     if stage == 1:
         model.to(memory_format=torch.channels_last)
-        images = torch.randint(0, 256, (count, 8, 8, 3), dtype=torch.uint8, generator=g).to(device)
+        size = (count, CONFIG.side, CONFIG.side, 3)
+        images = torch.randint(0, 256, size, dtype=torch.uint8, generator=g).to(device)
         batches = ImageBatches(images, 4, 0, torch.bfloat16 if amp else torch.float32, hflip)
         kernels = l2_kernels(model, ("decoder.upsample",))
     else:

@@ -164,17 +164,27 @@ def test_bf16_copies_change_no_more_than_roundings(stage, monkeypatch):
         model = (first_stage if stage == 1 else second_stage)(CONFIG)
         step = Step(model, make_loss("computed", logits=stage == 1), ops.make_rng(7), 3, True, 0.0, [])
         step.set_lr(1e-3)
-        assert bool(step.halved) == fused
+        assert bool(step.copies.of) == fused
         for seed in range(5):
             x, target = batch(seed) if stage == 1 else (torch.randn(6, 3, generator=step_noise(seed)),) * 2
             step(x.bfloat16() if stage == 1 else x, target)
         steps.append(step)
     for (name, a), b in zip(steps[0].model.named_parameters(), steps[1].model.parameters(), strict=True):
         assert (a - b).abs().max() <= 5.5 * 1e-3, name  # five steps of at most lr
-        if hasattr(a, "bf16_copy"):
-            assert torch.equal(a.bf16_copy, a.bfloat16()), name
+        if (half := steps[0].copies.of.get(a)) is not None:
+            assert torch.equal(half, a.bfloat16()), name
     torch.testing.assert_close(steps[0].sums.parts, steps[1].sums.parts, rtol=0.02, atol=0.02)
-    assert all(p.grad is None for p in steps[0].halved), "the copies take the gradients"
+    assert all(p.grad is None for p in steps[0].copies.of), "the copies take the gradients"
+
+
+def test_bf16_copies_are_the_steps_own():
+    """Who goes on with the model without the step has the gradients on the weights."""
+    step = make(amp=True)
+    x, target = batch()
+    step(x.bfloat16(), target)
+    with torch.autocast("cpu", torch.bfloat16):
+        step.model.encoder(x)[0].sum().backward()
+    assert step.model.encoder.conv0.weight.grad is not None
 
 
 def step_noise(seed):

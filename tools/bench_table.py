@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- bench_train -->\n", "<!-- /bench_train -->"
 NAMES = {
     "bvae": "bvae",
+    "bvae_compile": "bvae `--compile`",
     "plain": "plain loop",
     "eager_amp": "eager AMP",
     "compile": "torch.compile",

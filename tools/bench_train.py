@@ -6,11 +6,12 @@
 
 The contestants, each over stage 1 and stage 2 of a recipe:
 
-    bvae        what `python -m bvae.train --amp` runs a step (on CUDA from a CUDA graph)
-    plain       the loop people write: fp32, DataLoader, PyTorch's own layers and loss, `.item()` every step
-    eager_amp   a careful loop: data on the device, bf16 autocast, channels_last, fused Adam, nothing read back
-    compile     the same with torch.compile(mode="max-autotune") over network and loss
-    pythae      pythae's BaseTrainer, with amp on CUDA (it has none on a CPU); left out where it is not installed
+    bvae          what `python -m bvae.train --amp` runs a step (on CUDA from a CUDA graph)
+    bvae_compile  the same with `--compile`
+    plain         the loop people write: fp32, DataLoader, PyTorch's own layers and loss, `.item()` every step
+    eager_amp     a careful loop: data on the device, bf16 autocast, channels_last, fused Adam, nothing read back
+    compile       the same with torch.compile(mode="max-autotune") over network and loss
+    pythae        pythae's BaseTrainer, with amp on CUDA (it has none on a CPU); left out where it is not installed
 
 They take turns, round after round, in one process, so that a machine whose speed drifts slows all alike; a first,
 uncounted turn of each holds compilation and warm-up. Figures are medians over rounds, ratios medians of each round's
@@ -45,7 +46,7 @@ from bvae import ops
 from bvae.balance import BalancedLoss
 from bvae.batches import Batches, ImageBatches, LatentBatches
 from bvae.config import Config, find_preset
-from bvae.graph import make_runner
+from bvae.graph import compile_step, make_runner
 from bvae.machine import describe_device, has_bf16, pick_device, training_kernels, versions
 from bvae.models.conv import Conv3x3, ConvTranspose3x3
 from bvae.models.half import Linear
@@ -183,12 +184,12 @@ def wait(device: torch.device) -> None:
 
 def show(recipe: str, stage: int, config: Config, figures: dict[str, dict[str, Any]]) -> None:
     print(f"\n{recipe} ({config.side}x{config.side}), stage {stage}, batch {config.batch}")
-    print(f"  {'':10} {'images/s':>10}  {'lowest - highest':>21} {'steps/s':>9} {'bvae is':>8} {'peak MiB':>9}")
+    print(f"  {'':12} {'images/s':>10}  {'lowest - highest':>21} {'steps/s':>9} {'bvae is':>8} {'peak MiB':>9}")
     for name, f in figures.items():
         span = f"{f['lowest']:.1f} - {f['highest']:.1f}"
         faster = f"{f['bvae_is_faster_by']:.2f}x" if "bvae_is_faster_by" in f else ""
         memory = f"{f['peak_memory_mib']:.0f}" if f["peak_memory_mib"] else "?"
-        print(f"  {name:10} {f['images_per_s']:10.1f}  {span:>21} {f['steps_per_s']:9.2f} {faster:>8} {memory:>9}")
+        print(f"  {name:12} {f['images_per_s']:10.1f}  {span:>21} {f['steps_per_s']:9.2f} {faster:>8} {memory:>9}")
     sys.stdout.flush()
 
 
@@ -281,7 +282,7 @@ def with_plain_layers(module: Any) -> Any:
 # ---- bvae -----------------------------------------------------------------------------------------------------------
 
 
-def bvae(c: Config, stage: int, device: torch.device) -> Run:
+def bvae(c: Config, stage: int, device: torch.device, compiled: bool = False) -> Run:
     model, amp = network(c, stage).to(device), has_bf16(device)
     loss = BalancedLoss(c.kl_weight if stage == 1 else 1.0, logits=stage == 1).to(device)
     batches: Batches
@@ -294,6 +295,8 @@ def bvae(c: Config, stage: int, device: torch.device) -> Run:
     step = Step(model, loss, ops.make_rng(0, device), c.latents, amp, c.l2, penalised)
     step.set_lr(c.lr)
     batches.begin(0)
+    if compiled and (why := compile_step(batches, step)) is not None:
+        sys.exit(f"error: bvae_compile: {why}")
     runner = make_runner(batches, step, wanted=True)
     if device.type == "cuda" and runner.why_eager is not None:
         sys.exit(f"error: {runner.why_eager}")  # what is measured would not be what bvae.train runs
@@ -309,6 +312,10 @@ def bvae(c: Config, stage: int, device: torch.device) -> Run:
             steps, left = steps - n, left - n
 
     return run
+
+
+def bvae_compile(c: Config, stage: int, device: torch.device) -> Run:
+    return bvae(c, stage, device, compiled=True)
 
 
 # ---- loops people write ---------------------------------------------------------------------------------------------
@@ -472,6 +479,7 @@ def pythae(c: Config, stage: int, device: torch.device) -> Run:
 
 CONTESTANTS: dict[str, Callable[[Config, int, torch.device], Run]] = {
     "bvae": bvae,
+    "bvae_compile": bvae_compile,
     "plain": plain,
     "eager_amp": eager_amp,
     "compile": compile_,

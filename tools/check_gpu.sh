@@ -52,11 +52,13 @@ run bench_train python tools/bench_train.py --device "$device" --json "$out/benc
 if [ -n "${BVAE_INCEPTION:-}" ]; then
     run bench_fid python tools/bench_fid.py --device "$device" --json "$out/bench_fid.json"
 fi
-run precision python tools/check_precision.py --device "$device" --json "$out/check_precision.json"
+run precision python tools/check_precision.py --compile --device "$device" --json "$out/check_precision.json"
 run shapes python -m bvae.train --device "$device" --out "$out/shapes"
 if [ -n "$cifar" ]; then
     run cifar10 python -m bvae.train --preset cifar10 --data "$cifar" --amp --device "$device" --out "$out/cifar10" \
         --max-steps "$steps"
+    run compiled python -m bvae.train --preset cifar10 --data "$cifar" --amp --compile --device "$device" \
+        --out "$out/compiled" --max-steps "$steps"
     run learned python -m bvae.train --preset cifar10 --data "$cifar" --amp --device "$device" --out "$out/learned" \
         --max-steps "$steps" --balance learned
     if [ -n "${BVAE_INCEPTION:-}" ]; then

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Trains the same recipe over several seeds in fp32 and in the faster ways, and compares what comes out.
 
-    python tools/check_precision.py [--seeds 5] [--json PATH] [-- further arguments of bvae.train]
+    python tools/check_precision.py [--seeds 5] [--compile] [--json PATH] [-- further arguments of bvae.train]
 
 fp32 without TF32, run step by step, is the reference. A way of training passes where its mean over the seeds lies
 within the reference's own range from seed to seed, for the final mse, KL and number of inactive latents of both stages.
-Exit code 1 where one does not. The default recipe is `shapes`.
+Exit code 1 where one does not. --compile adds bf16 with `bvae.train --compile`, which takes minutes more a run. The
+default recipe is `shapes`.
 """
 
 import argparse
@@ -26,11 +27,13 @@ REFERENCE = "fp32"
 FIGURES = ("mse_sampled", "kl", "inactive")
 
 
-def ways(device: str) -> dict[str, list[str]]:
+def ways(device: str, compiled: bool) -> dict[str, list[str]]:
     """Arguments of bvae.train for each way that differs on the device."""
     found = {REFERENCE: ["--no-amp", "--no-graph"], "bf16": ["--amp", "--no-graph"]}
     if device == "cuda":
         found |= {"tf32, graph": ["--no-amp", "--graph"], "bf16, graph": ["--amp", "--graph"]}
+    if compiled:
+        found["bf16, compiled"] = ["--amp", "--compile"]
     return found
 
 
@@ -38,16 +41,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--seeds", type=int, default=5, help="at least 2")
+    parser.add_argument("--compile", action="store_true", help="also what torch.compile makes")
     parser.add_argument("--json", type=Path)
     parser.add_argument("arguments", nargs="*", metavar="-- ARGUMENT", help="for bvae.train")
     args = parser.parse_args(argv)
     if args.seeds < 2:
         parser.error("--seeds must be at least 2")
     device = pick_device(args.device)
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in ways(device.type)}
+    compared = ways(device.type, args.compile)
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in compared}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(args.seeds):  # in turn, so that a run broken off has something of each
-            for name, how in ways(device.type).items():
+            for name, how in compared.items():
                 out = Path(folder) / f"{name}-{seed}"
                 with contextlib.redirect_stdout(io.StringIO()), tf32(name != REFERENCE):
                     train([*args.arguments, *how, "--seed", str(seed), "--device", device.type, "--out", str(out)])

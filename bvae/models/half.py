@@ -1,4 +1,7 @@
-"""Weights of which the optimiser keeps a bf16 copy: a step under autocast casts neither them nor their gradients."""
+"""Weights with a bf16 copy that the optimiser keeps: a step under autocast casts neither them nor their gradients."""
+
+from types import TracebackType
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -26,3 +29,32 @@ def halved_weights(model: nn.Module) -> list[nn.Parameter]:
 class Linear(Halved, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, half_of(self.weight), self.bias)
+
+
+class Copies:
+    """bf16 copies of weights, which their layers compute with inside `with`, and nowhere else.
+
+    Whoever moves a weight through a raw pointer moves its copy too; other changes are noticed at the next `with`.
+    """
+
+    def __init__(self, weights: list[nn.Parameter]) -> None:
+        self.of: dict[nn.Parameter, Tensor] = {p: p.detach().to(torch.bfloat16).requires_grad_() for p in weights}
+        self._versions = {p: p._version for p in weights}
+
+    def __enter__(self) -> Self:
+        for p, half in self.of.items():
+            if self._versions[p] != p._version:  # somebody loaded other weights
+                half.data.copy_(p)
+                self._versions[p] = p._version
+            p.bf16_copy = half  # type: ignore[attr-defined]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for p in self.of:
+            del p.bf16_copy  # type: ignore[attr-defined]
+
+    def zero_grad(self) -> None:
+        for half in self.of.values():
+            half.grad = None

@@ -1,0 +1,214 @@
+"""Steps whose passes torch.compile has made, against those that Python runs."""
+
+import functools
+import os
+import shutil
+
+import pytest
+import test_graph
+import torch
+import torch._dynamo
+import torch._inductor.config
+from safetensors.torch import load_file
+from test_graph import everything, make, run, same
+
+from bvae import ops
+from bvae.graph import Eager, compile_step, make_runner
+from bvae.models.conv import Conv3x3
+from bvae.models.half import Linear
+from bvae.models.norm import BatchNormReLU, batch_norms
+from bvae.models.vae import VAE
+from bvae.train import main
+
+COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler, which torch.compile needs")
+TRACED = torch._dynamo.utils.counters["stats"]
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Lets torch.compile trace and differentiate as ever, and run what comes out as it is."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+
+def agree(plain, compiled, rtol=1e-3, atol=1e-4):
+    a, b = everything(*plain), everything(*compiled)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+    weights = [name for name in a if name.endswith("running_weight")]
+    assert all(a[name] > 0 for name in weights)
+
+
+def train(kinds, steps):
+    for batches, step in kinds:
+        step.set_lr(1e-3)
+        run(Eager(batches, step, ""), steps)
+
+
+@pytest.mark.parametrize("balance", ["computed", "learned", "fixed"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_compiled_steps_are_the_steps(traced, stage, balance):
+    """Running statistics, gamma2, noise and the l2 penalty among what they move; evaluation between them."""
+    plain, compiled = make(stage, balance), make(stage, balance)
+    train((plain, compiled), 1)
+    before, graphs = everything(*compiled), TRACED["unique_graphs"]
+    assert compile_step(*compiled) is None
+    same(everything(*compiled), before)
+    assert all(p.grad is None for p in compiled[1].parameters)
+    train((plain, compiled), 3)
+    for _, step in (plain, compiled):
+        step.model.eval()
+        with torch.no_grad():
+            step.model.decoder(torch.zeros(2, 3))
+        step.model.train()
+    train((plain, compiled), 3)
+    agree(plain, compiled)
+    assert TRACED["unique_graphs"] == graphs + 1, "one variant serves all steps"
+
+
+def test_compiled_steps_under_amp(traced):
+    plain, compiled = make(amp=True), make(amp=True)
+    assert compile_step(*compiled) is None
+    train((plain, compiled), 5)
+    a, b = (step.sums.parts for _, step in (plain, compiled))
+    torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
+    assert bool(compiled[1].copies.of) == ops.FUSED_CPU_TRAINING
+    for p, half in compiled[1].copies.of.items():
+        assert torch.equal(half, p.bfloat16())
+
+
+def spoil(step, steps):
+    """Runs `steps` with a weight that is no number."""
+    weight = step[1].model.decoder.conv.weight
+    kept = weight.detach().clone()
+    weight.data[0, 0, 0, 0] = float("nan")
+    train([step], steps)
+    weight.data.copy_(kept)
+
+
+def test_a_bad_compiled_step_changes_nothing_and_is_counted(traced):
+    plain, compiled = make(), make()
+    assert compile_step(*compiled) is None
+    for step in (plain, compiled):
+        train([step], 2)
+        before = everything(*step)
+        spoil(step, 2)
+        after = everything(*step)
+        told = {"rng", "position", "sums.counts", "sums.trouble", "loss.skipped"}
+        assert {name for name in before if not torch.equal(before[name], after[name])} == told
+        assert step[1].sums.counts.tolist() == [2, 2]
+    train((plain, compiled), 2)
+    agree(plain, compiled)
+
+
+class Encoder(torch.nn.Module):
+    """The least that has everything: Inductor takes a while over every layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = Conv3x3(3, 4, cancelled=True)
+        self.norm = BatchNormReLU(4)
+        self.mu = Linear(4, 3)
+
+    def forward(self, x):
+        mu = self.mu(self.norm(self.conv(x)).mean((2, 3)))
+        return mu, mu - 1
+
+
+class Decoder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = Linear(3, 4 * 8 * 8)
+        self.norm = BatchNormReLU(4)
+        self.conv = Conv3x3(4, 3)
+
+    def forward(self, z):
+        return self.conv(self.norm(self.fc(z).view(-1, 8, 8, 4).permute(0, 3, 1, 2)))
+
+
+@needs_compiler
+def test_inductors_code_computes_the_steps(monkeypatch):
+    monkeypatch.setattr(test_graph, "first_stage", lambda config: VAE(Encoder(), Decoder()))
+    monkeypatch.setattr(test_graph, "l2_kernels", lambda model, groups: [])
+    plain, compiled = make(), make()
+    assert compile_step(*compiled) is None
+    train((plain, compiled), 3)
+    for step in (plain, compiled):
+        spoil(step, 1)
+        assert step[1].sums.counts.tolist() == [3, 1]
+    train((plain, compiled), 2)
+    agree(plain, compiled)
+
+
+# ---- where it cannot be ---------------------------------------------------------------------------------------------
+
+
+def test_without_a_compiler_the_step_stays_what_it_was():
+    plain, other = make(2), make(2)
+    with torch._inductor.config.patch({"cpp.cxx": (None, "/no/such/compiler"), "force_disable_caches": True}):
+        why = compile_step(*other)
+    assert "/no/such/compiler" in why
+    assert "\n" not in why
+    train((plain, other), 3)
+    same(everything(*plain), everything(*other))
+
+
+def test_statistics_exchanged_within_a_pass_are_not_compiled():
+    batches, step = make()
+    next(iter(batch_norms(step.model))).gather = lambda t: t[None]
+    assert "--sync-bn" in compile_step(batches, step)
+
+
+TINY = [
+    "--preset", "shapes", "--side", "16", "--shapes-train", "60", "--shapes-test", "20", "--scales", "2", "--base", "4",
+    "--latents", "4", "--fc", "8", "--hidden", "8", "--batch", "10", "--bn-batches", "2", "--device", "cpu", "--no-amp",
+]  # fmt: skip
+
+
+def test_a_run_is_compiled_and_goes_on_without(traced, tmp_path, capfd):
+    stopped, plain = tmp_path / "stopped", tmp_path / "plain"
+    assert main([*TINY, "--compile", "--out", str(stopped), "--max-steps", "3"]) == 0
+    out = capfd.readouterr().out
+    assert "compiling" in out
+    assert "not compiled" not in out
+    assert main(["--resume", str(stopped), "--no-compile", "--max-steps", "6"]) == 0
+    assert main([*TINY, "--out", str(plain), "--max-steps", "6"]) == 0
+    for file in ("model.safetensors", "checkpoints/last.safetensors"):
+        assert load_file(stopped / file).keys() == load_file(plain / file).keys()
+
+
+def test_a_run_that_cannot_be_compiled_says_why(monkeypatch, tmp_path, capfd):
+    def fail(*_):
+        raise OSError("no compiler\nand a long report")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=fail))
+    arguments = [*TINY, "--compile", "--out", str(tmp_path / "run"), "--max-steps", "2", "--epochs2", "0"]
+    assert main(arguments) == 0
+    captured = capfd.readouterr()
+    assert "stage 1: not compiled: OSError: no compiler\n" in captured.out
+    assert "Traceback" not in captured.out + captured.err
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_graph_records_compiled_steps(stage, amp):
+    plain, compiled = (make(stage, device="cuda", amp=amp) for _ in range(2))
+    assert compile_step(*compiled) is None
+    runner = make_runner(*compiled, wanted=True)
+    assert runner.why_eager is None
+    for (_, step), by in ((plain, Eager(*plain, "")), (compiled, runner)):
+        step.set_lr(1e-3)
+        run(by, 5)
+    torch.testing.assert_close(plain[1].sums.parts, compiled[1].sums.parts, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(plain[1].statistics, compiled[1].statistics, rtol=0.05, atol=1e-3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(runner, 5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert compiled[1].sums.counts.tolist() == [10, 0]
