@@ -48,8 +48,6 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(2**24),
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
     "MALLOC_TRIM_THRESHOLD_": str(2**26),
-    # And so does Pillow: blocks of up to 16 MiB for the image, its crop and the two steps of the resize.
-    "PILLOW_BLOCKS_MAX": "4",
 }
 
 
