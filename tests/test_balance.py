@@ -28,7 +28,7 @@ def batch(shape=(6, 3, 8, 8), latents=(5,), dtype=torch.float32, uint8=False, se
 
 
 def formula(recon, target, mu, log_sigma, gamma2, kl_weight=1.0, logits=True):
-    """(loss, nll, kl, mse) per sample as DESIGN's section 1 has them, in float64."""
+    """(loss, nll, kl, mse) per sample as docs/method.md defines them, in float64."""
     recon, mu, log_sigma = recon.double(), mu.double(), log_sigma.double()
     x = target.double() / 255 if target.dtype == torch.uint8 else target.double()
     x_hat = 1 / (1 + torch.exp(-recon)) if logits else recon
