@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from pictures import encode, faces, picture, write_folder, write_tar, write_zip
 from PIL import Image
+from refusals import refused
 
 from bvae.config import PRESETS
 from bvae.data import Store, load, prep
@@ -41,15 +42,6 @@ TOOL = Path(__file__).parents[2] / "tools" / "prep_celeba.py"
 def pillow(source, out, recipe=RECIPE, **options):
     """In this process: starting workers takes longer than a few images."""
     return prepare(source, out, recipe, **({"backend": "pillow", "workers": 1} | options))
-
-
-def refused(call, *words):
-    with pytest.raises(UserError) as caught:
-        call()
-    text = str(caught.value)
-    assert len(text.splitlines()) == 1
-    for word in words:
-        assert str(word) in text
 
 
 def rejects(store):

@@ -5,10 +5,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from pictures import write_folder, write_tar, write_zip
+from refusals import refused
 
 from bvae.data.archive import open_source
 from bvae.data.splits import OUTSIDE, TEST, TRAIN, UNLISTED, VAL, hold_out, make_plan, parse_fractions, parse_list
-from bvae.errors import UserError
 
 LIST = "000001.jpg 0\n000002.jpg 1\n000003.jpg 2\n000009.jpg 0\n"
 CSV = "image_id,partition\n000001.jpg,0\n000002.jpg,1\n000003.jpg,2\n000009.jpg,0\n"
@@ -18,15 +18,6 @@ FACES = {f"img_align_celeba/00000{n}.jpg": b"x" for n in (1, 2, 3)}
 def parts(source, **options):
     plan = make_plan(source, **options)
     return {item.name.rpartition("/")[2]: int(part) for item, part in zip(source.items, plan.part, strict=True)}, plan
-
-
-def refused(call, *words):
-    with pytest.raises(UserError) as caught:
-        call()
-    text = str(caught.value)
-    assert len(text.splitlines()) == 1
-    for word in words:
-        assert str(word) in text
 
 
 @pytest.mark.parametrize(("name", "text"), [("list_eval_partition.txt", LIST), ("list_eval_partition.csv", CSV)])

@@ -12,10 +12,10 @@ import sys
 import numpy as np
 import pytest
 from pictures import write_folder
+from refusals import refused
 
 from bvae.data import Store, load
 from bvae.data.store import SPLITS, StoreWriter
-from bvae.errors import UserError
 
 SHAPE = (8, 8, 3)
 
@@ -37,15 +37,6 @@ def write(path, counts=(7, 2, 3), seed=0, missing=(), overwrite=False):
             expected[split] = array[rows]
         writer.finish({"note": "ж"}, [("a\nb.jpg", 'is "bad", really'), ("\udcff.png", "is empty")])
     return expected
-
-
-def refused(call, *words):
-    with pytest.raises(UserError) as caught:
-        call()
-    text = str(caught.value)
-    assert len(text.splitlines()) == 1
-    for word in words:
-        assert str(word) in text
 
 
 def names(path):
