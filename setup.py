@@ -1,9 +1,10 @@
-"""Builds bvae's extension: one `bvae._C` for CPU and CUDA on LibTorch's stable ABI, and `bvae._host`.
+"""Builds bvae's extension: one `bvae._C` for CPU and CUDA on LibTorch's stable ABI, `bvae._host` and `bvae._image`.
 
 Environment:
     CUDA_HOME               the CUDA toolkit; otherwise /usr/local/cuda. An nvcc that is only on PATH is not used: it is
                             often a distribution's, of another version than the toolkit beside it.
     BVAE_CUDA=0             build without CUDA kernels even where nvcc is.
+    BVAE_JPEG=0             leave JPEG files to Pillow even where libjpeg-turbo's header is (Debian: libjpeg-dev).
     BVAE_CUDA_ARCHS=80;90   compute capabilities to compile for (default 80;90;100). The newest is also kept as PTX.
     BVAE_REQUIRE_EXTENSION=1  fail instead of installing pure Python where there is no C++ compiler.
     CXX                     the C++ compiler.
@@ -15,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -53,6 +55,20 @@ def find_nvcc() -> Path | None:
         if home and (nvcc := Path(home, "bin", "nvcc")).is_file():
             return nvcc
     return None
+
+
+def find_jpeg(compiler: str) -> bool:
+    """Whether to build with libjpeg-turbo. IJG's libjpeg has a header of the same name, but not all that is needed."""
+    if os.environ.get("BVAE_JPEG") == "0":
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "jpeg.cpp")
+        source.write_text(
+            "#include <cstdio>\n#include <jpeglib.h>\n"
+            "int main() { return jpeg_skip_scanlines(nullptr, LIBJPEG_TURBO_VERSION_NUMBER); }\n"
+        )
+        command = [*shlex.split(compiler), str(source), "-o", f"{folder}/jpeg", "-ljpeg"]
+        return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def architectures() -> list[str]:
@@ -148,7 +164,11 @@ def configure() -> dict:
         link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     ops = CppExtension(
         "bvae._C",
-        [str(path.relative_to(ROOT)) for path in sorted(CSRC.glob("*.cpp")) if path.name[:4] != "host"],
+        [
+            str(path.relative_to(ROOT))
+            for path in sorted(CSRC.glob("*.cpp"))
+            if not path.name.startswith(("host", "image"))
+        ],
         define_macros=defines,
         extra_compile_args={"cxx": [*CXX_FLAGS, "-std=c++20"]},
         extra_link_args=link,
@@ -173,7 +193,20 @@ def configure() -> dict:
         depends=["csrc/host_rows.h"],
         language="c++",
     )
-    return {"ext_modules": [ops, host], "cmdclass": {"build_ext": Build}}
+    jpeg = find_jpeg(str(compiler))
+    if not jpeg:
+        say("no libjpeg-turbo to build with (Debian: libjpeg-dev): Pillow will decode JPEG files, which takes longer")
+    image = Extension(
+        "bvae._image",
+        [str(path.relative_to(ROOT)) for path in sorted(CSRC.glob("image*.cpp"))],
+        include_dirs=[pybind11.get_include()],
+        define_macros=[("BVAE_JPEG", None)] if jpeg else [],
+        libraries=["jpeg"] if jpeg else [],
+        extra_compile_args={"cxx": ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"]},
+        depends=["csrc/image_jpeg.h", "csrc/image_resize.h"],
+        language="c++",
+    )
+    return {"ext_modules": [ops, host, image], "cmdclass": {"build_ext": Build}}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import sys
 import torch
 
 from bvae import _extension
+from bvae.data.decoders.libraries import jpeg_version
 
 PACKAGES = ("bvae", "torch", "numpy", "pillow", "matplotlib", "safetensors", "tensorboard", "tyro", "rich")
 
@@ -61,6 +62,7 @@ def report() -> list[tuple[str, str]]:
         ]
     if error is None:
         lines.append(("CPU loops", importlib.import_module("bvae._C").cpu_capability()))
+    lines.append(("JPEG files", f"libjpeg-turbo {jpeg}" if (jpeg := jpeg_version()) else "Pillow"))
     lines.append(
         ("CPU", f"{', '.join(cpu_features()) or 'no vector extensions known'}; {torch.get_num_threads()} threads")
     )

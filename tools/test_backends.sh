@@ -31,13 +31,14 @@ make_simd() {
 [ -x "$dir/dali/bin/pytest" ] || make_dali
 wait $!
 
-for pair in dali:dali-cpu simd:pillow-simd; do
-    python="$dir/${pair%:*}/bin/python"
+for names in dali:dali:dali-cpu simd:pillow:pillow-simd; do
+    IFS=: read -r environment backend name <<<"$names"
+    python="$dir/$environment/bin/python"
     "$python" -c "
 from bvae.data.decoders import open_decoder
 from bvae.data.recipe import Recipe
-with open_decoder('auto', Recipe(size=64, channels=3)) as decoder:
+with open_decoder('$backend', Recipe(size=64, channels=3), device='cpu') as decoder:
     print(f'{decoder.name}: {decoder.versions}; {decoder.why}')
-    assert decoder.name == '${pair#*:}'"
+    assert decoder.name == '$name'"
     "$python" -m pytest -q --noconftest -p no:cacheprovider -m 'not gpu' tests/data/test_decoders*.py tests/data/test_recipe.py
 done

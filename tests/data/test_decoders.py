@@ -1,6 +1,7 @@
 """What defines the pixels: `decode_image`, its resize and its reading of JPEG headers; and Pillow's processes."""
 
 import io
+import os
 import struct
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from decoder_samples import Buggy, Deadly, Held, Unreadable, chunk, encode, mixed_items, picture, png
 from hypothesis import given, settings
@@ -17,13 +19,16 @@ from PIL import Image, ImageOps, features
 
 import bvae
 from bvae.data.decoders import jpeg, open_decoder
-from bvae.data.decoders.pillow import PillowDecoder, decode_image, decode_items, pillow_name_and_versions
+from bvae.data.decoders import resize as resizing
+from bvae.data.decoders.libraries import PILLOW_SIMD, jpeg_version, native
+from bvae.data.decoders.pillow import PillowDecoder, decode_image, decode_items
 from bvae.data.decoders.resize import resize
 from bvae.data.recipe import FILTERS, Recipe, Rejected
 from bvae.errors import UserError
 
 RECIPE = Recipe(size=16, channels=3)
-SIMD = pillow_name_and_versions()[0] == "pillow-simd"
+BUILT = pytest.mark.skipif(native is None, reason="the compiled extension is not there")
+WITH_JPEG = pytest.mark.skipif(jpeg_version() is None, reason="bvae was built without libjpeg-turbo")
 
 # ---- the resize -----------------------------------------------------------------------------------------------------
 
@@ -61,28 +66,129 @@ def test_the_resize_is_the_definition_within_one(filter, antialias, height, widt
     # Two roundings to 8 bits, of which the first may be magnified by the second pass' negative weights.
     assert np.abs(result - defined_resize(pixels, size, filter, antialias)).max() <= 1.2
     grey = resize(Image.fromarray(pixels[..., 0]), size, filter, antialias)
-    # pillow-simd rounds one channel and three in other ways.
-    assert np.abs(grey.astype(int) - result[..., 0]).max() <= int(SIMD)
+    # pillow-simd, where it resizes, rounds one channel and three in other ways.
+    assert np.abs(grey.astype(int) - result[..., 0]).max() <= int(PILLOW_SIMD and native is None)
+
+
+@pytest.fixture(params=[pytest.param("built", marks=BUILT), "not built"])
+def way(request, monkeypatch):
+    """With bvae's own code, and as where it was not built: Pillow's resize where that is the same, or NumPy."""
+    if request.param == "not built":
+        monkeypatch.setattr(resizing, "native", None)
+    return request.param
 
 
 @pytest.mark.parametrize("filter", FILTERS)
-def test_rounded_as_pillow_does_it_is_pillows_resize(filter):
-    """The bound that pillow-simd keeps. With Lanczos its shorter weights cost a second step here and there."""
+def test_rounded_as_pillow_does_it_is_pillows_resize(filter, way):
+    """The bound that pillow-simd keeps, with Lanczos since it is not asked."""
     rng = np.random.default_rng(0)
     off = []
     for seed in range(12):
         pixels = rng.integers(0, 256, (128, 128, 3), np.uint8) if seed % 2 else picture(128, 128, seed)
         expected = defined_resize(pixels, 64, filter, True, rounding=lambda x: np.floor(x + 0.5))
         off.append(np.abs(resize(Image.fromarray(pixels), 64, filter, True) - expected))
-    assert np.max(off) <= (2 if SIMD and filter == "lanczos" else 1)
-    assert np.mean(off) < (0.03 if SIMD else 0.01)  # ties among them
+    assert np.max(off) <= 1
+    assert np.mean(off) < (0.03 if PILLOW_SIMD and way == "not built" else 0.01)  # ties among them
+
+
+SHAPES = [
+    (128, 128, 64),
+    (148, 140, 64),
+    (33, 57, 16),
+    (1, 9, 20),
+    (100, 1, 7),
+    (7, 7, 7),
+    (600, 1100, 33),
+    (999, 1001, 3),
+]
+
+
+@pytest.mark.parametrize("filter", FILTERS)
+def test_every_way_is_pillows_to_the_bit(filter, way):
+    rng = np.random.default_rng(1)
+    for height, width, size in SHAPES:
+        for pixels in (rng.integers(0, 256, (height, width, 3), np.uint8), picture(height, width) // 128 * 255):
+            for image in (Image.fromarray(pixels), Image.fromarray(np.ascontiguousarray(pixels[..., 1]))):
+                off = resize(image, size, filter, True).astype(int) - image.resize(
+                    (size, size), resizing.RESAMPLING[filter]
+                )
+                # pillow-simd's own bounds: 1 with bicubic, 2 with Lanczos.
+                assert np.abs(off).max() <= int(PILLOW_SIMD) * (2 if filter == "lanczos" else 1)
+
+
+@BUILT
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("filter", FILTERS)
+def test_the_compiled_resize_is_its_definition_in_numpy(filter, antialias, monkeypatch):
+    rng = np.random.default_rng(2)
+    for height, width, size in [*SHAPES, (1025, 30, 31), (40, 2000, 5), (64, 48, 100)]:
+        pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+        rows = resizing._along_second(pixels, size, filter, antialias)
+        expected = resizing._along_second(rows.swapaxes(0, 1), size, filter, antialias).swapaxes(0, 1)
+        for image in (pixels, Image.fromarray(pixels)):
+            assert np.array_equal(resize(image, size, filter, antialias), expected)
+        grey = Image.fromarray(np.ascontiguousarray(pixels[..., 2]))
+        assert np.array_equal(resize(grey, size, filter, antialias), expected[..., 2])
+
+
+@BUILT
+def test_processors_without_avx2_give_the_same():
+    script = """
+import hashlib, numpy as np
+from bvae.data.decoders.resize import resize
+digest = hashlib.sha256()
+for height, width, size in [(128, 128, 64), (31, 50, 17), (20, 20, 33)]:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    for filter in ("nearest", "bilinear", "lanczos"):
+        digest.update(resize(pixels, size, filter, True).tobytes())
+print(digest.hexdigest())
+"""
+    digests = set()
+    for capability in ("baseline", "avx512"):
+        env = {**os.environ, "BVAE_CPU_CAPABILITY": capability, "PYTHONPATH": str(Path(bvae.__file__).parent.parent)}
+        done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+        digests.add(done.stdout)
+    assert len(digests) == 1
+
+
+@BUILT
+def test_the_compiled_code_refuses_what_does_not_fit():
+    first, weights = resizing.taps(8, 4, "bilinear", True)
+    taps = native.Taps(8, first, weights)
+    for bad in (
+        (first - 8, weights),
+        (first + 8, weights),
+        (first[:2], weights),
+        (first, weights[0]),
+        (first[:0], weights[:0]),
+    ):
+        with pytest.raises(ValueError, match="taps"):
+            native.Taps(8, *bad)
+    with pytest.raises(TypeError):
+        native.Taps(8, first.astype(np.int64), weights)
+    with pytest.raises(ValueError, match="channels"):
+        native.Resizer(taps, taps, channels=2)
+    resizer = native.Resizer(taps, taps, channels=3)
+    for shape in ((1, 8, 1), (1, 7, 3), (9, 8, 3), (8, 24)):
+        with pytest.raises(ValueError, match="rows"):
+            resizer.add(np.zeros(shape, np.uint8))
+    with pytest.raises(TypeError):
+        resizer.add(np.zeros((1, 8, 3), np.uint8)[:, ::2])
+    resizer.add(np.zeros((7, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="rows are missing"):
+        resizer.finish()
+    with pytest.raises(ValueError, match="no more"):
+        resizer.add(np.zeros((2, 8, 3), np.uint8))
+    for left, top in ((-1, 0), (0, -1), (1, 0), (0, 1), (2**31 - 1, 0)):
+        with pytest.raises(ValueError, match="crop"):
+            native.decode_jpeg(b"", 8, 8, left, top, 3, taps, taps)
 
 
 @pytest.mark.parametrize("filter", FILTERS)
 def test_growing_needs_no_antialias(filter):
     image = Image.fromarray(picture(20, 14))
     with_it, without = (resize(image, 40, filter, antialias).astype(int) for antialias in (True, False))
-    assert np.abs(with_it - without).max() <= int(SIMD)
+    assert np.abs(with_it - without).max() <= int(PILLOW_SIMD and native is None)
 
 
 @pytest.mark.parametrize("filter", FILTERS)
@@ -114,10 +220,18 @@ def plainly(data, recipe):
     return resize(cropped, recipe.size, recipe.filter, recipe.antialias).reshape(recipe.size, recipe.size, -1)
 
 
+@pytest.fixture(params=[pytest.param("libjpeg-turbo", marks=WITH_JPEG), "Pillow"])
+def decodes(request, monkeypatch):
+    """Who decodes plain JPEGs."""
+    if request.param == "Pillow":
+        monkeypatch.setattr(jpeg, "decode_plain", lambda data, header, recipe: None)
+    return request.param
+
+
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_sparing_rows_of_a_jpeg_changes_no_pixel(subsampling, progressive, channels):
+def test_sparing_rows_of_a_jpeg_changes_no_pixel(subsampling, progressive, channels, decodes):
     spared = 0
     for height in range(60, 93):
         data = encode(picture(height, 40), subsampling=subsampling, progressive=progressive)
@@ -129,13 +243,54 @@ def test_sparing_rows_of_a_jpeg_changes_no_pixel(subsampling, progressive, chann
     assert (spared > 0) != progressive
 
 
-def test_restart_markers_and_grey_are_spared_alike():
-    recipe = Recipe(size=8, channels=3, crop=16)
+def test_restart_markers_and_grey_are_spared_alike(decodes):
     for data in (encode(picture(90, 40), restart_marker_blocks=2), encode(picture(90, 40)[..., 0], quality=95)):
         header = jpeg.read_header(data)
         assert header.plain and len(jpeg.keep_rows(data, header, 53)) == len(data) != 0
         assert jpeg.read_header(jpeg.keep_rows(data, header, 53)).height < 90
-        assert np.array_equal(decode_image(data, recipe), plainly(data, recipe))
+        for channels in (1, 3):
+            recipe = Recipe(size=8, channels=channels, crop=16)
+            assert np.array_equal(decode_image(data, recipe), plainly(data, recipe))
+
+
+@WITH_JPEG
+def test_libjpeg_decodes_plain_jpegs_and_leaves_the_others_to_pillow():
+    recipe, grey = Recipe(size=8, channels=3, crop=16), Recipe(size=8, channels=1, crop=16)
+    data = encode(picture(90, 40))
+    header = jpeg.read_header(data)
+    decoded = jpeg.decode_plain(data, header, recipe)
+    assert np.array_equal(decoded, plainly(data, recipe)) and decoded.flags.writeable
+    assert jpeg.decode_plain(data, header, grey) is None
+    assert jpeg.decode_plain(encode(picture()[..., 0]), jpeg.read_header(encode(picture()[..., 0])), grey) is not None
+    # Damage: in the crop it is Pillow's to judge, below it nobody looks.
+    scan = data.index(b"\xff\xda")
+    assert jpeg.decode_plain(data[: scan + 40] + b"\xff\xd9", header, recipe) is None
+    assert jpeg.decode_plain(data[: scan + 60] + b"\xff\xd3" + data[scan + 60 :], header, recipe) is None
+    last = len(data) - 12
+    assert np.array_equal(jpeg.decode_plain(data[:last] + b"\xff\xd9", header, recipe), decoded)
+    # Another size than the one it was cropped for.
+    at = header.height_at
+    for height in (89, 91):
+        assert jpeg.decode_plain(data[:at] + height.to_bytes(2) + data[at + 2 :], header, recipe) is None
+    with pytest.raises(Rejected, match="smaller than the crop of 41"):
+        jpeg.decode_plain(data, header, Recipe(size=8, channels=3, crop=41))
+
+
+@WITH_JPEG
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    height=st.integers(1, 70), width=st.integers(1, 70), seed=st.integers(0, 9), subsampling=st.integers(0, 2),
+    progressive=st.booleans(), quality=st.integers(10, 95), size=st.integers(1, 40), filter=st.sampled_from(FILTERS),
+    crop=st.one_of(st.integers(1, 70), st.sampled_from(["square", "none"])), antialias=st.booleans(),
+)  # fmt: skip
+def test_what_libjpeg_decodes_are_pillows_pixels(
+    height, width, subsampling, progressive, quality, size, crop, filter, antialias, seed
+):
+    recipe = Recipe(size=size, channels=3, crop=crop, filter=filter, antialias=antialias)
+    data = encode(picture(height, width, seed), subsampling=subsampling, progressive=progressive, quality=quality)
+    if isinstance(crop, int) and crop > min(height, width):
+        return
+    assert np.array_equal(jpeg.decode_plain(data, jpeg.read_header(data), recipe), plainly(data, recipe))
 
 
 def test_what_is_not_a_plain_jpeg():
@@ -439,14 +594,19 @@ def test_open_decoder_refuses_in_one_line():
         open_decoder("opencv", RECIPE)
 
 
-def test_auto_says_what_it_took_and_what_would_be_faster():
+@WITH_JPEG
+def test_auto_takes_pillow_with_libjpeg_and_has_no_more_to_say():
     with open_decoder("auto", RECIPE, 1) as decoder:
-        assert decoder.name in decoder.versions or decoder.name == "dali-cpu"
-        assert ("pillow-simd would be faster" in decoder.why) == (decoder.name == "pillow")
-        assert len(decoder.why.splitlines()) == 1
+        assert decoder.name in decoder.versions and decoder.versions["libjpeg-turbo of bvae"] == jpeg_version()
+        assert decoder.why == f"{decoder.name} {PIL.__version__} and libjpeg-turbo {jpeg_version()}, the fastest here"
+
+
+def test_what_would_be_faster_is_said(monkeypatch):
+    monkeypatch.setattr("bvae.data.decoders.jpeg_version", lambda: None)
     with open_decoder("pillow", RECIPE, 1) as decoder:
-        assert decoder.name == ("pillow-simd" if SIMD else "pillow") and "as asked" in decoder.why
+        assert decoder.name == ("pillow-simd" if PILLOW_SIMD else "pillow") and "as asked" in decoder.why
         assert set(decoder.versions) >= {decoder.name, "libjpeg-turbo"}
+        assert "libjpeg-dev) would be faster" in decoder.why and len(decoder.why.splitlines()) == 1
 
 
 def test_a_gpu_that_will_not_be_used_is_mentioned():

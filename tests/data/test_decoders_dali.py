@@ -134,8 +134,13 @@ def test_a_chunk_that_is_cut_is_one_in_the_end(monkeypatch):
 def test_it_is_named_with_versions():
     with open_decoder("dali", Recipe(size=8, channels=3), 2, device="cpu") as decoder:
         assert decoder.name == "dali-cpu" and set(decoder.versions) >= {"dali", "libjpeg-turbo"}
+
+
+@needs_dali
+def test_auto_takes_dali_where_bvae_was_built_without_libjpeg(monkeypatch):
+    monkeypatch.setattr("bvae.data.decoders.jpeg_version", lambda: None)
     with open_decoder("auto", Recipe(size=8, channels=3), 2) as decoder:
-        assert decoder.name == "dali-cpu" and "DALI" in decoder.why
+        assert decoder.name == "dali-cpu" and "DALI" in decoder.why and "libjpeg-dev" in decoder.why
 
 
 @needs_dali
@@ -160,15 +165,17 @@ def test_mixed_is_near_pillow():
 
 
 @pytest.mark.skipif(dali_installed(), reason="DALI is installed")
-def test_without_dali_the_message_says_how_to_get_it():
+def test_without_dali_the_message_says_how_to_get_it(monkeypatch):
     with pytest.raises(UserError, match=r"pip install 'bvae\[dali\]'.*--backend pillow works"):
         open_decoder("dali", Recipe(size=8, channels=3))
+    monkeypatch.setattr("bvae.data.decoders.jpeg_version", lambda: None)
     with open_decoder("auto", Recipe(size=8, channels=3)) as decoder:
         assert r"DALI would be faster: pip install 'bvae[dali]'" in decoder.why
 
 
 def test_a_broken_dali_is_no_reason_to_stop(monkeypatch):
     """`auto` goes on with Pillow where DALI is installed and cannot be loaded."""
+    monkeypatch.setattr("bvae.data.decoders.jpeg_version", lambda: None)
     monkeypatch.setattr("bvae.data.decoders.dali_installed", lambda: True)
     monkeypatch.setattr("bvae.data.decoders.dali.dali_installed", lambda: True)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)

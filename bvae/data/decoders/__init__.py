@@ -5,7 +5,8 @@ from typing import Literal
 
 from bvae.data.decoders.dali import EXTRA, DaliDecoder, dali_installed
 from bvae.data.decoders.interface import Decoder
-from bvae.data.decoders.pillow import PillowDecoder, pillow_name_and_versions
+from bvae.data.decoders.libraries import jpeg_version, pillow_name_and_versions
+from bvae.data.decoders.pillow import PillowDecoder
 from bvae.data.recipe import Recipe
 from bvae.errors import UserError
 
@@ -13,7 +14,7 @@ __all__ = ["Backend", "Decoder", "open_decoder"]
 
 Backend = Literal["auto", "dali", "pillow"]
 
-SIMD = 'CC="cc -mavx2" pip install --no-binary :all: --force-reinstall --no-deps pillow-simd'
+BUILD = "bvae built again with a C++ compiler and libjpeg-turbo's header (Debian: libjpeg-dev)"
 
 
 def open_decoder(
@@ -22,8 +23,9 @@ def open_decoder(
     """The decoder to use, as a context manager.
 
     Args:
-        backend: "auto" takes the fastest on the CPU by the figures of docs/backends.md: DALI where it is installed and
-            loads, otherwise Pillow. Their pixels are the same, as far as a file is not damaged.
+        backend: "auto" takes the fastest on the CPU by the figures of docs/backends.md: Pillow, whose workers leave
+            JPEGs to libjpeg-turbo, where bvae was built with that; then DALI where it is installed and loads; then
+            Pillow alone. Their pixels are the same, as far as a file is not damaged.
         workers: processes or threads; None for as many as there are cores for this process. Pillow with one worker
             works in this process.
         device: where `dali` decodes; None for the GPU if there is one. The others decode on the CPU, and say so.
@@ -42,16 +44,16 @@ def open_decoder(
         return DaliDecoder(recipe, workers, "mixed" if on_gpu else "cpu", "DALI, as asked")
 
     pillow, versions = pillow_name_and_versions()
-    faster = ["--device cuda is for --backend dali"] if device == "cuda" else []
-    if dali_installed():
-        if backend == "auto":
+    notes = ["--device cuda is for --backend dali"] if device == "cuda" else []
+    if jpeg_version() is None:
+        notes.append(f"{BUILD} would be faster")
+        if not dali_installed():
+            notes.append(f"DALI would be faster: {EXTRA}")
+        elif backend == "auto":
             try:
-                return DaliDecoder(recipe, workers, "cpu", "; ".join(["DALI on the CPU, the fastest here", *faster]))
+                return DaliDecoder(recipe, workers, "cpu", "; ".join(["DALI on the CPU, the fastest here", *notes]))
             except UserError as error:
-                faster.append(str(error))
-    else:
-        faster.append(f"DALI would be faster: {EXTRA}")
-    if pillow == "pillow":
-        faster.append(f"pillow-simd would be faster: {SIMD}")
-    why = f"{pillow} {versions[pillow]}, " + ("as asked" if backend == "pillow" else "the fastest here")
-    return PillowDecoder(recipe, workers, "; ".join([why, *faster]))
+                notes.append(str(error))
+    what = f"{pillow} {versions[pillow]}" + (f" and libjpeg-turbo {jpeg_version()}" if jpeg_version() else "")
+    why = f"{what}, " + ("as asked" if backend == "pillow" else "the fastest here")
+    return PillowDecoder(recipe, workers, "; ".join([why, *notes]))

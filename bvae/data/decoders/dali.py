@@ -17,7 +17,8 @@ from PIL import Image
 
 from bvae.data.decoders import jpeg
 from bvae.data.decoders.interface import Decoder
-from bvae.data.decoders.pillow import decode_image, pillow_name_and_versions, quiet
+from bvae.data.decoders.libraries import pillow_name_and_versions
+from bvae.data.decoders.pillow import decode_image, quiet
 from bvae.data.decoders.resize import resize
 from bvae.data.recipe import Decoded, Item, Recipe, Rejected, collect
 from bvae.errors import UserError
@@ -136,9 +137,7 @@ class DaliDecoder(Decoder):
         recipe = self.recipe
         done: list[tuple[int, np.ndarray | Rejected]] = []
         for i, crop in zip(places, crops, strict=True):
-            image = Image.fromarray(crop)
-            if recipe.channels == 1:
-                image = image.convert("L")
+            image = crop if recipe.channels == 3 else Image.fromarray(crop).convert("L")
             pixels = resize(image, recipe.size, recipe.filter, recipe.antialias)
             done.append((i, pixels.reshape(recipe.size, recipe.size, recipe.channels)))
         return done

@@ -1,6 +1,14 @@
-"""JPEG's headers, as far as they tell who can decode a file to the same pixels, and how much of it must be decoded."""
+"""JPEG's headers, as far as they tell who can decode a file to the same pixels, and how much of it must be decoded; and
+the decoding of such files.
+"""
 
 from dataclasses import dataclass
+
+import numpy as np
+
+from bvae.data.decoders.libraries import jpeg_version, native
+from bvae.data.decoders.resize import native_taps
+from bvae.data.recipe import Recipe
 
 END = b"\xff\xd9"
 SEQUENTIAL = (0xC0, 0xC1)  # Huffman coded: baseline, extended
@@ -88,6 +96,26 @@ def read_header(data: bytes) -> Header | None:
         and height > 0
         and data.endswith(END),
     )
+
+
+def decode_plain(data: bytes, header: Header, recipe: Recipe) -> np.ndarray | None:
+    """The crop of a plain JPEG, resized: uint8 [size, size, channels], as Pillow and `resize` would make it.
+
+    By libjpeg-turbo directly, row after row: nothing but one row of the image is held. None where it cannot be told
+    that Pillow would give the same: bvae was built without libjpeg-turbo, the file is damaged above the crop's end, or
+    colour is to become grey.
+
+    Raises:
+        Rejected: if the image is smaller than the crop.
+    """
+    grey = len(header.sampling) == 1
+    if jpeg_version() is None or (recipe.channels == 1 and not grey):
+        return None
+    left, top, right, bottom = recipe.box(header.width, header.height)
+    columns, rows = (
+        native_taps(length, recipe.size, recipe.filter, recipe.antialias) for length in (right - left, bottom - top)
+    )
+    return native.decode_jpeg(data, header.width, header.height, left, top, recipe.channels, columns, rows)
 
 
 def keep_rows(data: bytes, header: Header, bottom: int) -> bytes:

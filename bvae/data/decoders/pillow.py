@@ -16,11 +16,11 @@ from multiprocessing.connection import Connection
 from typing import Any, cast
 
 import numpy as np
-import PIL
-from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from bvae.data.decoders import jpeg
 from bvae.data.decoders.interface import Decoder
+from bvae.data.decoders.libraries import pillow_name_and_versions
 from bvae.data.decoders.resize import resize
 from bvae.data.recipe import Decoded, Item, Recipe, Rejected, collect
 from bvae.errors import UserError
@@ -64,9 +64,14 @@ def decode_image(data: bytes, recipe: Recipe) -> np.ndarray:
     """
     if not data:
         raise Rejected("is empty")
+    header = jpeg.read_header(data)
+    if header is not None and header.plain:
+        _check_size(header.width, header.height)
+        if (decoded := jpeg.decode_plain(data, header, recipe)) is not None:
+            return decoded
     # Pillow's plugins raise nearly anything on damaged files (OSError, SyntaxError, struct.error, ...).
     try:
-        image = _decode_crop(data, recipe)
+        image = _decode_crop(data, header, recipe)
         mode = "RGB" if recipe.channels == 3 else "L"
         if image.mode != mode:
             image = image.convert(mode)
@@ -101,14 +106,6 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def pillow_name_and_versions() -> tuple[str, dict[str, str]]:
-    """("pillow" or "pillow-simd", versions of it and of what decodes JPEG for it)."""
-    name = "pillow-simd" if ".post" in PIL.__version__ else "pillow"
-    versions = {name: PIL.__version__}
-    jpeg = features.version_feature("libjpeg_turbo")
-    return name, versions | ({"libjpeg-turbo": jpeg} if jpeg else {})
 
 
 class PillowDecoder(Decoder):
@@ -236,11 +233,9 @@ class _Worker:
             raise UserError(f"a decoding worker {how}{where}{hint}") from error
 
 
-def _decode_crop(data: bytes, recipe: Recipe) -> Image.Image:
+def _decode_crop(data: bytes, header: jpeg.Header | None, recipe: Recipe) -> Image.Image:
     """The crop, upright, in the file's own mode. No other pixels are alive after it, and only the crop is turned."""
-    header = jpeg.read_header(data)
     if header is not None and header.plain:
-        _check_size(header.width, header.height)
         box = recipe.box(header.width, header.height)
         with Image.open(io.BytesIO(jpeg.keep_rows(data, header, box[3])), formats=FORMATS) as image:
             return image.crop(box)

@@ -14,10 +14,12 @@ An image that grows has s < 1, and both ways are one.
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from bvae.data.decoders.libraries import PILLOW_SIMD, native
 from bvae.data.recipe import Filter
 
 RESAMPLING = {
@@ -28,21 +30,38 @@ RESAMPLING = {
 }
 SUPPORT: dict[Filter, int] = {"bilinear": 1, "bicubic": 2, "lanczos": 3}
 BAND = 512  # rows of a tall image that are resized at a time, not to hold it whole once more
+LONGEST = 2**16  # sides whose taps are worth their memory; no JPEG is longer
 FRACTION_BITS = 22  # of the weights, as Pillow's: 8 bits of pixel and 2 to spare for overshoot
 
 
-def resize(image: Image.Image, size: int, filter: Filter, antialias: bool) -> np.ndarray:
-    """An image of mode L or RGB -> uint8 [size, size] or [size, size, 3]; a new array or a read-only view."""
-    if antialias or filter == "nearest":
-        return np.asarray(image.resize((size, size), RESAMPLING[filter]))
-    rows = np.concatenate([_along_second(band, size, filter) for band in _bands(image)])
-    return np.ascontiguousarray(_along_second(rows.swapaxes(0, 1), size, filter).swapaxes(0, 1))
+def resize(image: Image.Image | np.ndarray, size: int, filter: Filter, antialias: bool) -> np.ndarray:
+    """An image, of mode L or RGB or uint8 [h, w, 3] -> uint8 [size, size] or [size, size, 3]; perhaps read-only."""
+    height, width = image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
+    short = max(height, width) <= LONGEST
+    if native is not None and short:
+        grey = isinstance(image, Image.Image) and image.mode == "L"
+        sides = [native_taps(length, size, filter, antialias) for length in (width, height)]
+        resizer = native.Resizer(*sides, channels=1 if grey else 3)
+        for band in _bands(image):
+            resizer.add(band[..., None] if grey else band)
+        result: np.ndarray = resizer.finish()
+        return result[..., 0] if grey else result
+    # pillow-simd has 16 bits for a weight, which Lanczos' lobes feel; of tall images Pillow 13 takes the columns first.
+    differs = (PILLOW_SIMD and filter == "lanczos") or height - size > max(0, 2 * (width - size))
+    if (antialias or filter == "nearest") and not (differs and short):
+        picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        return np.asarray(picture.resize((size, size), RESAMPLING[filter]))
+    rows = np.concatenate([_along_second(band, size, filter, antialias) for band in _bands(image)])
+    return np.ascontiguousarray(_along_second(rows.swapaxes(0, 1), size, filter, antialias).swapaxes(0, 1))
 
 
-def _bands(image: Image.Image) -> Iterator[np.ndarray]:
+def _bands(image: Image.Image | np.ndarray) -> Iterator[np.ndarray]:
+    """The image's rows, as many at a time as BAND."""
+    if isinstance(image, np.ndarray) or image.height <= BAND:
+        yield np.asarray(image)
+        return
     for top in range(0, image.height, BAND):
-        whole = image.height <= BAND
-        yield np.asarray(image if whole else image.crop((0, top, image.width, min(top + BAND, image.height))))
+        yield np.asarray(image.crop((0, top, image.width, min(top + BAND, image.height))))
 
 
 def kernel(filter: Filter, x: np.ndarray) -> np.ndarray:
@@ -51,33 +70,48 @@ def kernel(filter: Filter, x: np.ndarray) -> np.ndarray:
     if filter == "bilinear":
         return np.maximum(1 - x, 0)
     if filter == "bicubic":
-        near = (1.5 * x - 2.5) * x**2 + 1
-        far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+        near = (1.5 * x - 2.5) * x * x + 1
+        far = (((x - 5) * x + 8) * x - 4) * -0.5
         return np.where(x < 1, near, np.where(x < 2, far, 0))
     return np.where(x < 3, np.sinc(x) * np.sinc(x / 3), 0)
 
 
-@lru_cache(maxsize=256)  # the sides of a set's images are few, or one side's taps are little beside its decoding
-def taps(length: int, size: int, filter: Filter) -> tuple[np.ndarray, np.ndarray]:
-    """(positions, weights) without antialias, both int32 [t, size]: what each output pixel takes from where.
+def taps(length: int, size: int, filter: Filter, antialias: bool) -> tuple[np.ndarray, np.ndarray]:
+    """What each output pixel takes from where: (first, int32 [size]; weights, int32 [size, t]).
 
-    Weights are in units of 2**-FRACTION_BITS; where an output pixel has fewer taps, those left over weigh nothing.
+    Pixel first[i] + k weighs weights[i, k], in units of 2**-FRACTION_BITS. Where an output pixel has fewer than t,
+    those left over weigh nothing and may lie beyond the image.
     """
-    support = SUPPORT[filter]
-    centre = (np.arange(size) + 0.5) * (length / size)
-    first = np.floor(centre - support + 0.5).astype(np.int64)
-    positions = first + np.arange(2 * support + 1)[:, None]
-    weights = kernel(filter, positions + 0.5 - centre)
-    weights[(positions < 0) | (positions >= length)] = 0
-    weights /= weights.sum(0)
-    used = weights.any(1)
-    fixed = np.floor(weights * 2**FRACTION_BITS + 0.5)
-    return positions.clip(0, length - 1).astype(np.int32)[used], fixed.astype(np.int32)[used]
+    scale = length / size
+    if filter == "nearest":  # summed up step by step, as Pillow does: c may fall on a pixel's border
+        steps = np.full(size, scale)
+        steps[0] = scale * 0.5
+        first = np.add.accumulate(steps).astype(np.int32).clip(0, length - 1)
+        return first, np.full((size, 1), 1 << FRACTION_BITS, np.int32)
+    width = max(scale, 1.0) if antialias else 1.0
+    support = SUPPORT[filter] * width
+    centre = (np.arange(size) + 0.5) * scale
+    first = np.maximum((centre - support + 0.5).astype(np.int64), 0)
+    end = np.minimum((centre + support + 0.5).astype(np.int64), length)
+    positions = first[:, None] + np.arange((end - first).max())
+    weights = kernel(filter, (positions - centre[:, None] + 0.5) * (1 / width))
+    weights[positions >= end[:, None]] = 0
+    weights /= weights.sum(1, keepdims=True)
+    fixed = np.trunc(weights * 2**FRACTION_BITS + np.copysign(0.5, weights))
+    return first.astype(np.int32), np.ascontiguousarray(fixed, np.int32)
 
 
-def _along_second(pixels: np.ndarray, size: int, filter: Filter) -> np.ndarray:
+@lru_cache(maxsize=64)  # the sides of a set's images are few, or one side's taps are little beside its decoding
+def native_taps(length: int, size: int, filter: Filter, antialias: bool) -> Any:
+    """`taps` as `bvae._image` takes them."""
+    return native.Taps(length, *taps(length, size, filter, antialias))
+
+
+def _along_second(pixels: np.ndarray, size: int, filter: Filter, antialias: bool) -> np.ndarray:
     """uint8 [h, w] or [h, w, C] -> uint8 [h, size(, C)]."""
     total = np.full((len(pixels), size, *pixels.shape[2:]), 1 << (FRACTION_BITS - 1), np.int32)
-    for position, weight in zip(*taps(pixels.shape[1], size, filter), strict=True):
-        total += pixels[:, position] * (weight[:, None] if pixels.ndim == 3 else weight)
+    first, weights = taps(pixels.shape[1], size, filter, antialias)
+    for k, weight in enumerate(weights.T):
+        pixel = pixels[:, np.minimum(first + k, pixels.shape[1] - 1)]
+        total += pixel * (weight[:, None] if pixels.ndim == 3 else weight)
     return (total >> FRACTION_BITS).clip(0, 255).astype(np.uint8)
