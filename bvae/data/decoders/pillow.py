@@ -6,6 +6,7 @@ import json
 import multiprocessing.connection
 import os
 import signal
+import socket
 import subprocess
 import sys
 import warnings
@@ -38,6 +39,7 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }  # what makes an image upright, by its EXIF orientation
 CHUNKS_PER_WORKER = 3  # drawn and not yet taken: one at work, one waiting, one done
+ANSWER_BYTES = 2**20  # on their way from a worker; the system's 208 KiB have the two wait for each other
 
 WORKER_ENVIRONMENT = {
     # One thread each: the workers themselves fill the cores.
@@ -186,6 +188,8 @@ class _Worker:
             "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
             "from bvae.data.decoders.worker import main; main(int(sys.argv[1]))"
         )
+        with socket.socket(fileno=os.dup(theirs.fileno())) as answers:
+            answers.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, ANSWER_BYTES)
         with theirs:
             try:
                 process = subprocess.Popen(
