@@ -3,8 +3,9 @@
 // The float functions are branch-free polynomials, so that a compiler vectorises a loop over them. On machines with
 // fused multiply-add (every GPU, AVX2, AVX-512, NEON) they give the same bits everywhere; the build switches off
 // the compiler's own contraction. They are written for few instructions: on a GPU, sampling is as much a matter of
-// arithmetic as of memory (docs/throughput.md). Largest errors: exp, expm1, log, sin and cos 2 ulp; tests/test_ops.py
-// and test_ops_noise.py check what is made of them. The double functions call libm: they serve gradcheck, not speed.
+// arithmetic as of memory (docs/throughput.md). Largest errors, in units in the last place: sigma 1.2, sigma^2 - 1 1.5
+// near collapse and 3.4 elsewhere, the logarithm 1, sine and cosine 2.4; tests/test_ops.py and test_ops_noise.py check
+// what is made of them. The double functions call libm: they serve gradcheck, not speed.
 #pragma once
 
 #include "common.h"
@@ -58,9 +59,9 @@ BVAE_HD float unit_from_u8(float v) {
 #endif
 }
 
-// x = n ln 2 + r with |r| <= ln 2 / 2; *scale is the float whose exponent field is n + bias, so 2^n for a bias of 127
-// and 0 where the field is. Adding 1.5 * 2^23 rounds to an integer and leaves it in the low mantissa bits: no conversion
-// instruction, the field is one shift away, and a NaN stays a NaN in r.
+// x = n ln 2 + r with |r| <= ln 2 / 2; *scale is the float whose exponent field is n + bias: 2^n for a bias of 127, and
+// 0 where the field is 0. Adding 1.5 * 2^23 rounds to an integer and leaves it in the low mantissa bits: no conversion
+// instruction, the exponent field is one shift away, and a NaN stays a NaN in r.
 template <int bias>
 BVAE_HD float split_exp(float x, float* scale) {
   constexpr float shifter = 12582912.0f + bias;
@@ -167,15 +168,15 @@ BVAE_HD float minus_two_log(float u) {
 BVAE_HD float square_root(float x) {
 #ifdef __CUDA_ARCH__
   float y;
-  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // within 1 ulp; exact rounding takes a dozen instructions more
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // within 1 ulp; exact rounding takes a dozen instructions
   return y;
 #else
   return sqrtf(x);
 #endif
 }
 
-// r sin and r cos of w turns / 2^32. The quadrant comes off the integer, so that the reduction is exact: what remains is
-// x quarter turns / 2, x in [-1, 1]. The sign that both share goes into r.
+// r sin and r cos of w turns / 2^32. The quadrant comes off the integer, so that the reduction is exact; what remains
+// is x eighths of a turn, x in [-1, 1]. The sign that both share goes into r.
 BVAE_HD void polar(float r, uint32_t w, float* r_sin, float* r_cos) {
   const uint32_t shifted = w + 0x20000000u;  // the quadrant in its two highest bits
   const float x = static_cast<float>(static_cast<int32_t>(w << 2)) * 4.65661287307739258e-10f;  // 2^-31

@@ -1,5 +1,7 @@
 // Sampling, KL and moments on CUDA. A thread takes four neighbouring latents, which share one Philox call; a block takes
 // 64 latents and a chunk of the rows.
+#include <type_traits>
+
 #include "device.cuh"
 #include "philox.h"
 
@@ -28,7 +30,8 @@ constexpr int kTogether = vector && sizeof(T) < 8 ? 2 : 1;
 struct Grid {
   int64_t quads, columns, chunks, groups;
   int64_t step;          // rows from one of a thread's rows to the next
-  int64_t rows, longer;  // a thread has `rows` rows, and one more if its first is before `longer`
+  int64_t longer;        // a thread has `rows` rows, and one more if its first is before `longer`
+  int rows;              // 2^31 of them would be 2^35 rows in all
 };
 
 // Depends on the shape and the device alone, so that sums do too.
@@ -44,7 +47,7 @@ Grid grid_for(int64_t batch, int64_t k, Launch launch, int resident) {
   if (g.chunks < 1) g.chunks = 1;
   g.groups = (g.chunks + kGroup - 1) / kGroup;
   g.step = g.chunks * kRowsY;
-  g.rows = batch / g.step;
+  g.rows = static_cast<int>(batch / g.step);
   g.longer = batch % g.step;
   return g;
 }
@@ -55,6 +58,21 @@ __host__ __device__ int64_t tickets(const Grid& g) { return g.columns * g.groups
 __host__ __device__ int64_t ticket_bytes(const Grid& g) { return (tickets(g) * static_cast<int64_t>(sizeof(unsigned int)) + 15) / 16 * 16; }
 
 dim3 dims(const Grid& g) { return dim3(static_cast<unsigned int>(g.columns), static_cast<unsigned int>(g.chunks)); }
+
+// Bytes from one of a thread's rows to the next: a kernel's arguments can be added as they are, what it computes takes
+// registers.
+struct Steps {
+  int64_t mu, log_sigma, dense;  // dense: of the matrices whose rows are k apart
+
+  Steps(const Grid& g, int64_t mu_stride, int64_t log_sigma_stride, int64_t k, size_t size)
+      : mu(g.step * mu_stride * size), log_sigma(g.step * log_sigma_stride * size), dense(g.step * k * size) {}
+};
+
+template <class T>
+__device__ __forceinline__ void advance(T*& p, int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  p = reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + bytes);  // by way of an integer, nvcc forgets that p is global
+}
 
 // The n elements from p on that a thread reads or writes of a row; where they are aligned, four as one vector.
 template <bool vector, class T>
@@ -95,7 +113,7 @@ __device__ __forceinline__ double add_lines(const double* values, int64_t count,
 }
 
 template <class T, bool vector>
-__global__ void __launch_bounds__(kThreads, kForward<T, vector>) sample_kernel(SampleArgs args, Grid grid) {
+__global__ void __launch_bounds__(kThreads, kForward<T, vector>) sample_kernel(SampleArgs args, Grid grid, Steps by) {
   using A = typename Arithmetic<T>::type;
   const int64_t k = args.k;
   const int x = threadIdx.x % kQuadsX, y = threadIdx.x / kQuadsX;
@@ -105,60 +123,58 @@ __global__ void __launch_bounds__(kThreads, kForward<T, vector>) sample_kernel(S
   // Every block reads the generator before it draws its tickets, so the last block may advance it.
   const RngState rng{args.rng[0], args.rng[1]};
 
-  // Sums in double would be half of the arithmetic and most of the registers. So a thread adds up kRun rows in A, and
-  // such runs in double in its own column of shared memory.
+  // Sixteen sums in double would take a third of the registers, and eight instructions an element. So a thread adds up
+  // kRun rows in A, and such runs in double, in its own column of shared memory.
   __shared__ double totals[kStatistics * 4][kThreads + 4];  // 4 more: the threads that add it up meet other banks
 #pragma unroll
   for (int i = 0; i < kStatistics * 4; ++i) totals[i][threadIdx.x] = 0.0;
 
-  if (n > 0) {
-    const int64_t row = static_cast<int64_t>(blockIdx.y) * kRowsY + y;
+  const int64_t row = static_cast<int64_t>(blockIdx.y) * kRowsY + y;
+  int rows_left = n > 0 ? grid.rows + (row < grid.longer) : 0;
+  if (rows_left > 0) {
+    constexpr int together = kTogether<T, vector>;
     int64_t sample = args.first_sample + row;
     const T* mu_at = static_cast<const T*>(args.mu.data) + row * args.mu.stride + first;
     const T* log_sigma_at = static_cast<const T*>(args.log_sigma.data) + row * args.log_sigma.stride + first;
     T* z_at = static_cast<T*>(args.z) + row * k + first;
-    const int64_t mu_step = grid.step * args.mu.stride, log_sigma_step = grid.step * args.log_sigma.stride;
-    const int64_t z_step = grid.step * k;
     A sums[3][4];  // of mu, mu^2 and sigma^2
     A rest[4];     // of the part of kl that is not mu^2 / 2
 
     // The next `rows` rows of this thread.
     auto take = [&]<int rows>() {
-      A mu[rows][4] = {}, log_sigma[rows][4] = {}, z[rows][4];
+      A mu[rows][4] = {}, log_sigma[rows][4] = {};
 #pragma unroll
       for (int r = 0; r < rows; ++r) {
         load_quad<vector>(mu_at, n, mu[r]);
         load_quad<vector>(log_sigma_at, n, log_sigma[r]);
-        mu_at += mu_step;
-        log_sigma_at += log_sigma_step;
+        advance(mu_at, by.mu);
+        advance(log_sigma_at, by.log_sigma);
       }
 #pragma unroll
       for (int r = 0; r < rows; ++r) {
         const Normals eps = normals(philox_quad(rng, sample, quad));
         sample += grid.step;
+        A z[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const Latent<A> latent = sample_latent<A>(mu[r][j], log_sigma[r][j], static_cast<A>(eps.n[j]));
-          z[r][j] = latent.z;
+          z[j] = latent.z;
           sums[0][j] += mu[r][j];
           sums[1][j] = add_square(mu[r][j], sums[1][j]);
           sums[2][j] = add_square(latent.sigma, sums[2][j]);
           rest[j] += latent.rest;
         }
-      }
-#pragma unroll
-      for (int r = 0; r < rows; ++r) {
-        store_quad<vector>(z_at, n, z[r]);
-        z_at += z_step;
+        store_quad<vector>(z_at, n, z);
+        advance(z_at, by.dense);
       }
     };
-    for (int64_t rows = grid.rows + (row < grid.longer); rows > 0; rows -= kRun) {
+    for (; rows_left > 0; rows_left -= kRun) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) sums[0][j] = sums[1][j] = sums[2][j] = rest[j] = A(0);
-      int left = rows < kRun ? static_cast<int>(rows) : kRun;
-      if constexpr (kTogether<T, vector> > 1) {
+      int left = rows_left < kRun ? rows_left : kRun;
+      if constexpr (together > 1) {
 #pragma unroll 1
-        for (; left >= kTogether<T, vector>; left -= kTogether<T, vector>) take.template operator()<kTogether<T, vector>>();
+        for (; left >= together; left -= together) take.template operator()<together>();
       }
 #pragma unroll 1
       for (; left > 0; --left) take.template operator()<1>();
@@ -166,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, kForward<T, vector>) sample_kernel(S
       for (int j = 0; j < 4; ++j) {
 #pragma unroll
         for (int s = 0; s < 3; ++s) totals[4 * s + j][threadIdx.x] += static_cast<double>(sums[s][j]);
-        totals[12 + j][threadIdx.x] += 0.5 * static_cast<double>(sums[1][j]) + static_cast<double>(rest[j]);
+        totals[4 * 3 + j][threadIdx.x] += 0.5 * static_cast<double>(sums[1][j]) + static_cast<double>(rest[j]);
       }
     }
   }
@@ -222,7 +238,8 @@ __global__ void __launch_bounds__(kThreads, kForward<T, vector>) sample_kernel(S
 }
 
 template <class T, bool vector>
-__global__ void __launch_bounds__(kThreads, kBounds<T>) sample_grad_kernel(SampleGradArgs args, Grid grid) {
+__global__ void __launch_bounds__(kThreads, kBounds<T>) sample_grad_kernel(SampleGradArgs args, Grid grid,
+                                                                               Steps by) {
   using A = typename Arithmetic<T>::type;
   const int x = threadIdx.x % kQuadsX, y = threadIdx.x / kQuadsX;
   const int64_t quad = static_cast<int64_t>(blockIdx.x) * kQuadsX + x;
@@ -233,6 +250,8 @@ __global__ void __launch_bounds__(kThreads, kBounds<T>) sample_grad_kernel(Sampl
   const RngState rng{args.state[0], args.state[1]};
   const A g_kl = args.grad_kl != nullptr ? *static_cast<const A*>(args.grad_kl) : A(0);
   const int64_t row = static_cast<int64_t>(blockIdx.y) * kRowsY + y;
+  int left = grid.rows + (row < grid.longer);
+  if (left == 0) return;
   int64_t sample = args.first_sample + row;
   const T* mu_at = static_cast<const T*>(args.mu.data) + row * args.mu.stride + first;
   const T* log_sigma_at = static_cast<const T*>(args.log_sigma.data) + row * args.log_sigma.stride + first;
@@ -240,8 +259,6 @@ __global__ void __launch_bounds__(kThreads, kBounds<T>) sample_grad_kernel(Sampl
   if (g_z_at != nullptr) g_z_at += row * k + first;
   T* g_mu_at = static_cast<T*>(args.grad_mu) + row * k + first;
   T* g_log_sigma_at = static_cast<T*>(args.grad_log_sigma) + row * k + first;
-  const int64_t mu_step = grid.step * args.mu.stride, log_sigma_step = grid.step * args.log_sigma.stride;
-  const int64_t g_step = grid.step * k;
 
   // The next `rows` rows of this thread.
   auto take = [&]<int rows>() {
@@ -250,11 +267,11 @@ __global__ void __launch_bounds__(kThreads, kBounds<T>) sample_grad_kernel(Sampl
     for (int r = 0; r < rows; ++r) {
       load_quad<vector>(mu_at, n, mu[r]);
       load_quad<vector>(log_sigma_at, n, log_sigma[r]);
-      mu_at += mu_step;
-      log_sigma_at += log_sigma_step;
+      advance(mu_at, by.mu);
+      advance(log_sigma_at, by.log_sigma);
       if (g_z_at != nullptr) {
         load_quad<vector>(g_z_at, n, g_z[r]);
-        g_z_at += g_step;
+        advance(g_z_at, by.dense);
       }
     }
 #pragma unroll
@@ -269,14 +286,14 @@ __global__ void __launch_bounds__(kThreads, kBounds<T>) sample_grad_kernel(Sampl
       }
       store_quad<vector>(g_mu_at, n, g_mu);
       store_quad<vector>(g_log_sigma_at, n, g_log_sigma);
-      g_mu_at += g_step;
-      g_log_sigma_at += g_step;
+      advance(g_mu_at, by.dense);
+      advance(g_log_sigma_at, by.dense);
     }
   };
-  int64_t left = grid.rows + (row < grid.longer);
-  if constexpr (kTogether<T, vector> > 1) {
+  constexpr int together = kTogether<T, vector>;
+  if constexpr (together > 1) {
 #pragma unroll 1
-    for (; left >= kTogether<T, vector>; left -= kTogether<T, vector>) take.template operator()<kTogether<T, vector>>();
+    for (; left >= together; left -= together) take.template operator()<together>();
   }
 #pragma unroll 1
   for (; left > 0; --left) take.template operator()<1>();
@@ -341,7 +358,8 @@ int cuda_sample_kl(const SampleArgs& args, Launch launch) {
     const auto run = [&]<bool vector>() {
       const Grid g = grid_for(args.batch, args.k, launch, kForward<T, vector>);
       BVAE_CUDA_TRY(cudaMemsetAsync(args.scratch, 0, static_cast<size_t>(ticket_bytes(g)), stream));
-      sample_kernel<T, vector><<<dims(g), kThreads, 0, stream>>>(args, g);
+      const Steps by(g, args.mu.stride, args.log_sigma.stride, args.k, sizeof(T));
+      sample_kernel<T, vector><<<dims(g), kThreads, 0, stream>>>(args, g, by);
       return static_cast<int>(cudaGetLastError());
     };
     const bool vector = quads_aligned<T>(args.mu, args.log_sigma, args.z, nullptr, nullptr, args.k);
@@ -355,10 +373,11 @@ int cuda_sample_kl_backward(const SampleGradArgs& args, Launch launch) {
   const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
   const Grid g = grid_for(args.batch, args.k, launch, kResident);
   return with_type(args.type, [&]<class T>() {
+    const Steps by(g, args.mu.stride, args.log_sigma.stride, args.k, sizeof(T));
     if (quads_aligned<T>(args.mu, args.log_sigma, args.grad_z, args.grad_mu, args.grad_log_sigma, args.k)) {
-      sample_grad_kernel<T, true><<<dims(g), kThreads, 0, stream>>>(args, g);
+      sample_grad_kernel<T, true><<<dims(g), kThreads, 0, stream>>>(args, g, by);
     } else {
-      sample_grad_kernel<T, false><<<dims(g), kThreads, 0, stream>>>(args, g);
+      sample_grad_kernel<T, false><<<dims(g), kThreads, 0, stream>>>(args, g, by);
     }
     return static_cast<int>(cudaGetLastError());
   });
