@@ -2,8 +2,10 @@
 //
 // The float functions are branch-free polynomials, so that a compiler vectorises a loop over them. On machines with
 // fused multiply-add (every GPU, AVX2, AVX-512, NEON) they give the same bits everywhere; the build switches off
-// the compiler's own contraction. Largest errors, checked by tests/test_ops.py and test_ops_noise.py: exp, expm1, log 2 ulp,
-// sin and cos 2 ulp. The double functions call libm: they serve gradcheck, not speed.
+// the compiler's own contraction. They are written for few instructions: on a GPU, sampling is as much a matter of
+// arithmetic as of memory (docs/throughput.md). Largest errors, in units in the last place: sigma 1.2, sigma^2 - 1 1.5
+// near collapse and 3.4 elsewhere, the logarithm 1, sine and cosine 2.4; tests/test_ops.py and test_ops_noise.py check
+// what is made of them. The double functions call libm: they serve gradcheck, not speed.
 #pragma once
 
 #include "common.h"
@@ -20,9 +22,11 @@ BVAE_HD float fused(float a, float b, float c) {
 #endif
 }
 
+BVAE_HD double fused(double a, double b, double c) { return a * b + c; }
+
 // sum + d^2, in one instruction where there is one.
 BVAE_HD float add_square(float d, float sum) { return fused(d, d, sum); }
-BVAE_HD double add_square(double d, double sum) { return sum + d * d; }
+BVAE_HD double add_square(double d, double sum) { return fused(d, d, sum); }
 
 BVAE_HD uint32_t bits_of(float x) {
 #ifdef __CUDA_ARCH__
@@ -55,28 +59,27 @@ BVAE_HD float unit_from_u8(float v) {
 #endif
 }
 
-// x = n ln 2 + r with |r| <= ln 2 / 2. Adding 1.5 * 2^23 rounds to an integer and leaves it in the low mantissa bits:
-// no conversion instruction, and a NaN stays a NaN in r.
-BVAE_HD float split_exp(float x, int32_t* n) {
-  const float shifter = 12582912.0f;
+// x = n ln 2 + r with |r| <= ln 2 / 2; *scale is the float whose exponent field is n + bias: 2^n for a bias of 127, and
+// 0 where the field is 0. Adding 1.5 * 2^23 rounds to an integer and leaves it in the low mantissa bits: no conversion
+// instruction, the exponent field is one shift away, and a NaN stays a NaN in r.
+template <int bias>
+BVAE_HD float split_exp(float x, float* scale) {
+  constexpr float shifter = 12582912.0f + bias;
   const float t = fused(x, 1.44269504088896341f, shifter);
-  *n = static_cast<int32_t>(bits_of(t) - bits_of(shifter));
+  *scale = float_of(bits_of(t) << 23);
   const float k = t - shifter;
   return fused(k, -1.42860677e-6f, fused(k, -0.693145752f, x));  // ln 2 in two parts
 }
 
-// e^r - 1 on |r| <= ln 2 / 2: Taylor's coefficients, the last two nudged to spread the error.
+// e^r - 1 on |r| <= ln 2 / 2, within 2^-26 of it before rounding: minimax, the constant term rounded to 1/2.
 BVAE_HD float expm1_reduced(float r) {
-  float p = 1.9841270e-4f;
-  p = fused(p, r, 1.3888889e-3f);
-  p = fused(p, r, 8.3333333e-3f);
-  p = fused(p, r, 4.1666667e-2f);
-  p = fused(p, r, 1.6666667e-1f);
-  p = fused(p, r, 0.5f);
+  float p = 1.38706563e-3f;
+  p = fused(p, r, 8.36626161e-3f);
+  p = fused(p, r, 4.16674353e-2f);
+  p = fused(p, r, 1.66665465e-1f);
+  p = fused(p, r, 4.99999970e-1f);
   return fused(p * r, r, r);
 }
-
-BVAE_HD float pow2(int32_t n) { return float_of(static_cast<uint32_t>(n + 127) << 23); }
 
 #ifdef __CUDA_ARCH__
 // The units' own 2^x and 1/x, within 2 ulp, results below 2^-126 flushed to 0: one instruction each. The loss kernels
@@ -94,10 +97,9 @@ BVAE_HD float exp_negative(float x) {
   return exp_any(x);
 #else
   x = x < -87.0f ? -87.0f : x;
-  int32_t n;
-  const float r = split_exp(x, &n);
-  const float scale = pow2(n);
-  return fused(expm1_reduced(r), scale, scale);
+  float scale;
+  const float q = expm1_reduced(split_exp<127>(x, &scale));
+  return fused(q, scale, scale);
 #endif
 }
 
@@ -126,76 +128,72 @@ BVAE_HD A sigmoid(A x) {
   return x < A(0) ? t * r : r;
 }
 
-// sigma = e^l and m = e^l - 1 from one reduction. sigma^2 - 1 = m (m + 2) keeps its digits near collapse, where
-// l is close to 0 and e^(2l) - 1 would cancel.
-BVAE_HD void exp_and_expm1(float l, float* sigma, float* m) {
-  l = l < -104.0f ? -104.0f : (l > 89.0f ? 89.0f : l);  // beyond both ends the result is 0 or infinity
-  int32_t n;
-  const float q = expm1_reduced(split_exp(l, &n));
-  const int32_t half = n >> 1;  // in two steps, so that neither factor leaves the normal range
-  const float a = pow2(half);
-  const float b = pow2(n - half);
-  *sigma = fused(q, a, a) * b;
-  const float scale = a * b;
-  *m = n > 127 ? *sigma : fused(q, scale, scale - 1.0f);
+// sigma = e^l and (sigma^2 - 1) / 4 from one reduction. With h = (e^l - 1) / 2 the latter is h^2 + h, which keeps its
+// digits near collapse, where l is close to 0 and e^(2l) - 1 would cancel. Half of e^l, because 2^n leaves the range of
+// floats before e^l does. Below e^-87, sigma is 0.
+BVAE_HD void sigma_and_excess(float l, float* sigma, float* quarter_excess) {
+  l = l > 89.0f ? 89.0f : l;  // e^89 is infinite
+  l = l < -87.3f ? -87.3f : l;
+  float half;
+  const float q = expm1_reduced(split_exp<126>(l, &half));
+  const float half_sigma = fused(q, half, half);
+  const float h = fused(q, half, half - 0.5f);
+  *sigma = half_sigma + half_sigma;
+  *quarter_excess = fused(h, h, h);
 }
 
-BVAE_HD void exp_and_expm1(double l, double* sigma, double* m) {
+BVAE_HD void sigma_and_excess(double l, double* sigma, double* quarter_excess) {
   *sigma = exp(l);
-  *m = expm1(l);
+  const double h = 0.5 * expm1(l);
+  *quarter_excess = h * h + h;
 }
 
-// ln u for u in (0, 1], normal numbers only.
-BVAE_HD float log_unit(float u) {
-  const uint32_t shifted = bits_of(u) - 0x3f3504f3u;  // so that the mantissa falls in [sqrt(1/2), sqrt 2)
-  const int32_t e = static_cast<int32_t>(shifted) >> 23;
-  const float f = float_of((shifted & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
-  const float z = f * f;
-  float p = 7.0376836292e-2f;  // Cephes logf
-  p = fused(p, f, -1.1514610310e-1f);
-  p = fused(p, f, 1.1676998740e-1f);
-  p = fused(p, f, -1.2420140846e-1f);
-  p = fused(p, f, 1.4249322787e-1f);
-  p = fused(p, f, -1.6668057665e-1f);
-  p = fused(p, f, 2.0000714765e-1f);
-  p = fused(p, f, -2.4999993993e-1f);
-  p = fused(p, f, 3.3333331174e-1f);
-  const float k = static_cast<float>(e);
-  float y = f * z * p;
-  y = fused(k, -2.12194440e-4f, y);
-  y = fused(-0.5f, z, y);
-  return fused(k, 0.693359375f, f + y);
+// -2 ln u for u in (0, 1], normal numbers only: u = 2^k m with m in [2/3, 4/3), and of g = 2 - 2 m, which is exact,
+// -2 ln m = g + g^2 p(g).
+BVAE_HD float minus_two_log(float u) {
+  const uint32_t exponent = (bits_of(u) - 0x3f2aaaabu) & 0xff800000u;  // k 2^23
+  const float g = fused(float_of(bits_of(u) - exponent), -2.0f, 2.0f);
+  float p = 5.47679025e-4f;  // minimax, within 2^-25 of the logarithm
+  p = fused(p, g, 1.20184361e-3f);
+  p = fused(p, g, 2.18705228e-3f);
+  p = fused(p, g, 5.13032172e-3f);
+  p = fused(p, g, 1.25069208e-2f);
+  p = fused(p, g, 3.12596858e-2f);
+  p = fused(p, g, 8.33330005e-2f);
+  p = fused(p, g, 2.49999687e-1f);
+  const float k = static_cast<float>(static_cast<int32_t>(exponent));
+  return fused(k, -1.65259166e-7f, fused(g * g, p, g));  // -2 ln 2 / 2^23, in float within 2^-28
 }
 
 BVAE_HD float square_root(float x) {
 #ifdef __CUDA_ARCH__
   float y;
-  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // within 1 ulp; exact rounding takes a dozen instructions more
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // within 1 ulp; exact rounding takes a dozen instructions
   return y;
 #else
   return sqrtf(x);
 #endif
 }
 
-// sin and cos of w turns / 2^32. The quadrant comes off the integer, so that the reduction is exact.
-BVAE_HD void sincos_word(uint32_t w, float* s, float* c) {
-  const uint32_t quadrant = (w + 0x20000000u) >> 30;
-  const int32_t rest = static_cast<int32_t>(w - (quadrant << 30));
-  const float x = static_cast<float>(rest) * 1.46291807926715968e-9f;  // pi / 2^31
+// r sin and r cos of w turns / 2^32. The quadrant comes off the integer, so that the reduction is exact; what remains
+// is x eighths of a turn, x in [-1, 1]. The sign that both share goes into r.
+BVAE_HD void polar(float r, uint32_t w, float* r_sin, float* r_cos) {
+  const uint32_t shifted = w + 0x20000000u;  // the quadrant in its two highest bits
+  const float x = static_cast<float>(static_cast<int32_t>(w << 2)) * 4.65661287307739258e-10f;  // 2^-31
   const float z = x * x;
-  float p = -1.9515295891e-4f;  // Cephes sinf, cosf
-  p = fused(p, z, 8.3321608736e-3f);
-  p = fused(p, z, -1.6666654611e-1f);
-  const float sine = fused(p * z, x, x);
-  float q = 2.443315711809948e-5f;
-  q = fused(q, z, -1.388731625493765e-3f);
-  q = fused(q, z, 4.166664568298827e-2f);
-  const float cosine = fused(q * z, z, fused(-0.5f, z, 1.0f));
-  const bool swap = (quadrant & 1u) != 0;
-  const float a = swap ? cosine : sine;
-  const float b = swap ? sine : cosine;
-  *s = float_of(bits_of(a) ^ ((quadrant & 2u) << 30));
-  *c = float_of(bits_of(b) ^ (((quadrant + 1u) & 2u) << 30));
+  float p = -3.66088425e-5f;  // minimax, within 2^-25 of sin and 2^-31 of cos
+  p = fused(p, z, 2.49101617e-3f);
+  p = fused(p, z, -8.07458311e-2f);
+  const float sine = x * fused(p, z, 7.85398185e-1f);
+  float q = 3.49408742e-6f;
+  q = fused(q, z, -3.25868692e-4f);
+  q = fused(q, z, 1.58542842e-2f);
+  q = fused(q, z, -3.08425128e-1f);
+  const float cosine = fused(q, z, 1.0f);
+  const bool swap = static_cast<int32_t>(shifted << 1) < 0;
+  const float signed_r = float_of(bits_of(r) ^ (shifted & 0x80000000u));
+  *r_sin = signed_r * (swap ? cosine : sine);
+  *r_cos = signed_r * (swap ? -sine : cosine);
 }
 
 // ---- the loss ------------------------------------------------------------------------------------------------------
@@ -258,29 +256,29 @@ BVAE_HD LossParts loss_parts(double sse, double kl, double gamma2, double kl_wei
 
 // ---- sampling and KL -----------------------------------------------------------------------------------------------
 
+// z, sigma, and rest = (sigma^2 - 1) / 2 - log sigma: what a latent's KL has besides mu^2 / 2, which the caller adds
+// once to a whole sum.
 template <class A>
 struct Latent {
-  A z, sigma2, kl;
+  A z, sigma, rest;
 };
 
 template <class A>
 BVAE_HD Latent<A> sample_latent(A mu, A log_sigma, A eps) {
-  A sigma, m;
-  exp_and_expm1(log_sigma, &sigma, &m);
-  const A excess = m * (m + A(2));  // sigma^2 - 1
   Latent<A> out;
-  out.z = mu + sigma * eps;
-  out.sigma2 = sigma * sigma;
-  out.kl = A(0.5) * (mu * mu + (excess - A(2) * log_sigma));
+  A quarter_excess;
+  sigma_and_excess(log_sigma, &out.sigma, &quarter_excess);
+  out.z = fused(out.sigma, eps, mu);
+  out.rest = fused(A(2), quarter_excess, -log_sigma);
   return out;
 }
 
 template <class A>
 BVAE_HD void latent_gradient(A mu, A log_sigma, A eps, A g_z, A g_kl, A* g_mu, A* g_log_sigma) {
-  A sigma, m;
-  exp_and_expm1(log_sigma, &sigma, &m);
-  *g_mu = g_z + g_kl * mu;
-  *g_log_sigma = g_z * (sigma * eps) + g_kl * (m * (m + A(2)));
+  A sigma, quarter_excess;
+  sigma_and_excess(log_sigma, &sigma, &quarter_excess);
+  *g_mu = fused(g_kl, mu, g_z);
+  *g_log_sigma = fused(g_z, sigma * eps, (A(4) * g_kl) * quarter_excess);
 }
 
 }  // namespace bvae

@@ -201,7 +201,7 @@ void sample_range(DType type, Rows mu, Rows log_sigma, void* z, double* sums, in
                   int64_t first_sample, int64_t begin, int64_t end) {
   Tile tile;
   alignas(64) float eps[kTile];
-  alignas(64) A mu_buffer[kTile], log_sigma_buffer[kTile], z_buffer[kTile], sigma2[kTile], kl[kTile];
+  alignas(64) A mu_buffer[kTile], log_sigma_buffer[kTile], z_buffer[kTile], sigma2[kTile], rest[kTile];
   for (int64_t row = begin; row < end; ++row) {
     for (int64_t first = 0; first < k; first += kTile) {
       const int n = static_cast<int>(k - first < kTile ? k - first : kTile);
@@ -212,17 +212,18 @@ void sample_range(DType type, Rows mu, Rows log_sigma, void* z, double* sums, in
       for (int i = 0; i < n; ++i) {
         const Latent<A> latent = sample_latent<A>(m[i], l[i], static_cast<A>(eps[i]));
         out[i] = latent.z;
-        sigma2[i] = latent.sigma2;
-        kl[i] = latent.kl;
+        sigma2[i] = latent.sigma * latent.sigma;
+        rest[i] = latent.rest;
       }
       store(type, z, row * k + first, n, out);
       double* __restrict sum = sums + first;
       for (int i = 0; i < n; ++i) {
         const double value = m[i];
+        const double square = value * value;
         sum[i] += value;
-        sum[i + k] += value * value;
+        sum[i + k] += square;
         sum[i + 2 * k] += sigma2[i];
-        sum[i + 3 * k] += kl[i];
+        sum[i + 3 * k] += 0.5 * square + rest[i];
       }
     }
   }

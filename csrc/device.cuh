@@ -23,8 +23,8 @@ constexpr int kAhead = sizeof(T) == 8 ? 1 : sizeof(T);
 
 // Blocks of kThreads that are resident on a multiprocessor at once; a kernel of 8-byte arithmetic has fewer.
 constexpr int kResident = 4;
-template <class T, int resident = kResident>
-constexpr int kBounds = sizeof(T) == 8 ? 2 : resident;
+template <class T>
+constexpr int kBounds = sizeof(T) == 8 ? 2 : kResident;
 
 // Enough blocks for `items` threads, and no more than the device holds at once: with a second wave, the last blocks
 // would leave most of it idle.

@@ -14,13 +14,24 @@ struct Normals {
   float n[4];
 };
 
+// All 64 bits of a product. nvcc makes an addition of 0 to its upper half besides, in every round.
+BVAE_HD uint64_t multiply_wide(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return static_cast<uint64_t>(a) * b;
+#endif
+}
+
 BVAE_HD Words philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
 #ifdef __CUDACC__
 #pragma unroll
 #endif
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c0;
-    const uint64_t p1 = static_cast<uint64_t>(0xCD9E8D57u) * c2;
+    const uint64_t p0 = multiply_wide(0xD2511F53u, c0);
+    const uint64_t p1 = multiply_wide(0xCD9E8D57u, c2);
     c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
     c1 = static_cast<uint32_t>(p1);
     c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
@@ -42,11 +53,7 @@ BVAE_HD Words philox_quad(RngState rng, int64_t sample, int64_t quad) {
 // Two words to two independent standard normals. The first gives the radius, u in (0, 1]; the second the angle.
 BVAE_HD void box_muller(uint32_t a, uint32_t b, float* first, float* second) {
   const float u = fused(static_cast<float>(a), 2.3283064365386963e-10f, 1.1641532182693481e-10f);
-  const float radius = square_root(-2.0f * log_unit(u));
-  float s, c;
-  sincos_word(b, &s, &c);
-  *first = radius * c;
-  *second = radius * s;
+  polar(square_root(minus_two_log(u)), b, second, first);
 }
 
 BVAE_HD Normals normals(Words words) {

@@ -1,5 +1,7 @@
 // Sampling, KL and moments on CUDA. A thread takes four neighbouring latents, which share one Philox call; a block takes
 // 64 latents and a chunk of the rows.
+#include <type_traits>
+
 #include "device.cuh"
 #include "philox.h"
 
@@ -9,17 +11,31 @@ namespace {
 constexpr int kQuadsX = 16;                 // quads of latents across a block
 constexpr int kLatentsX = 4 * kQuadsX;      // latents across a block: kThreads / 4, see the sums
 constexpr int kRowsY = kThreads / kQuadsX;  // rows at a time
-constexpr int kSampleResident = 3;          // the sums, in double, take many registers
+constexpr int kRun = 16;                    // rows of a thread whose sums stay in the arithmetic type
+constexpr int kStatistics = 4;              // sums of mu, mu^2, sigma^2, kl
 constexpr int64_t kGroup = 32;              // chunks whose sums are added up together
 constexpr int64_t kMaxChunks = 65535;       // the limit on gridDim.y
-static_assert(kLatentsX * 4 == kThreads && kQuadsX * 2 == 32);
+constexpr int kSampleResident = 3;          // most blocks of the forward on a multiprocessor, see kForward
+static_assert(kLatentsX * kStatistics == kThreads);
+
+// Blocks of the forward that are resident on a multiprocessor at once, for its sums take many registers.
+template <class T, bool vector>
+constexpr int kForward = sizeof(T) == 8 ? 1 : (vector && sizeof(T) == 4 ? kSampleResident : 2);
+
+// Rows a thread takes at once: their loads are under way together, and they share Philox's keys. Where that costs too
+// many registers, one.
+template <class T, bool vector>
+constexpr int kTogether = vector && sizeof(T) < 8 ? 2 : 1;
 
 struct Grid {
   int64_t quads, columns, chunks, groups;
+  int64_t step;          // rows from one of a thread's rows to the next
+  int64_t longer;        // a thread has `rows` rows, and one more if its first is before `longer`
+  int rows;              // 2^31 of them would be 2^35 rows in all
 };
 
 // Depends on the shape and the device alone, so that sums do too.
-Grid grid_for(int64_t batch, int64_t k, Launch launch, int resident = kSampleResident) {
+Grid grid_for(int64_t batch, int64_t k, Launch launch, int resident) {
   Grid g;
   g.quads = (k + 3) / 4;
   g.columns = (k + kLatentsX - 1) / kLatentsX;
@@ -30,6 +46,9 @@ Grid grid_for(int64_t batch, int64_t k, Launch launch, int resident = kSampleRes
   if (g.chunks > kMaxChunks) g.chunks = kMaxChunks;
   if (g.chunks < 1) g.chunks = 1;
   g.groups = (g.chunks + kGroup - 1) / kGroup;
+  g.step = g.chunks * kRowsY;
+  g.rows = static_cast<int>(batch / g.step);
+  g.longer = batch % g.step;
   return g;
 }
 
@@ -40,34 +59,47 @@ __host__ __device__ int64_t ticket_bytes(const Grid& g) { return (tickets(g) * s
 
 dim3 dims(const Grid& g) { return dim3(static_cast<unsigned int>(g.columns), static_cast<unsigned int>(g.chunks)); }
 
-// The elements a thread reads or writes: latents [first, first + n) of a row, where they are aligned as one vector.
+// Bytes from one of a thread's rows to the next: a kernel's arguments can be added as they are, what it computes takes
+// registers.
+struct Steps {
+  int64_t mu, log_sigma, dense;  // dense: of the matrices whose rows are k apart
+
+  Steps(const Grid& g, int64_t mu_stride, int64_t log_sigma_stride, int64_t k, size_t size)
+      : mu(g.step * mu_stride * size), log_sigma(g.step * log_sigma_stride * size), dense(g.step * k * size) {}
+};
+
+template <class T>
+__device__ __forceinline__ void advance(T*& p, int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  p = reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + bytes);  // by way of an integer, nvcc forgets that p is global
+}
+
+// The n elements from p on that a thread reads or writes of a row; where they are aligned, four as one vector.
 template <bool vector, class T>
-__device__ __forceinline__ void load_quad(const T* row, int64_t first, int n,
-                                          typename Arithmetic<T>::type (&out)[4]) {
+__device__ __forceinline__ void load_quad(const T* p, int n, typename Arithmetic<T>::type (&out)[4]) {
   if constexpr (vector) {
-    const Pack<T, 4> p = load_pack<T, 4>(row + first);
+    const Pack<T, 4> pack = load_pack<T, 4>(p);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) out[j] = Element<T>::get(p.v[j]);
+    for (int j = 0; j < 4; ++j) out[j] = Element<T>::get(pack.v[j]);
   } else {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      if (j < n) out[j] = Element<T>::get(row[first + j]);
+      if (j < n) out[j] = Element<T>::get(p[j]);
     }
   }
 }
 
 template <bool vector, class T>
-__device__ __forceinline__ void store_quad(T* row, int64_t first, int n,
-                                           const typename Arithmetic<T>::type (&values)[4]) {
+__device__ __forceinline__ void store_quad(T* p, int n, const typename Arithmetic<T>::type (&values)[4]) {
   if constexpr (vector) {
-    Pack<T, 4> p;
+    Pack<T, 4> pack;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) p.v[j] = Element<T>::put(values[j]);
-    store_pack<T, 4>(row + first, p);
+    for (int j = 0; j < 4; ++j) pack.v[j] = Element<T>::put(values[j]);
+    store_pack<T, 4>(p, pack);
   } else {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      if (j < n) row[first + j] = Element<T>::put(values[j]);
+      if (j < n) p[j] = Element<T>::put(values[j]);
     }
   }
 }
@@ -81,7 +113,7 @@ __device__ __forceinline__ double add_lines(const double* values, int64_t count,
 }
 
 template <class T, bool vector>
-__global__ void __launch_bounds__(kThreads, kBounds<T, kSampleResident>) sample_kernel(SampleArgs args, Grid grid) {
+__global__ void __launch_bounds__(kThreads, kForward<T, vector>) sample_kernel(SampleArgs args, Grid grid, Steps by) {
   using A = typename Arithmetic<T>::type;
   const int64_t k = args.k;
   const int x = threadIdx.x % kQuadsX, y = threadIdx.x / kQuadsX;
@@ -91,39 +123,71 @@ __global__ void __launch_bounds__(kThreads, kBounds<T, kSampleResident>) sample_
   // Every block reads the generator before it draws its tickets, so the last block may advance it.
   const RngState rng{args.rng[0], args.rng[1]};
 
-  double sums[4][4] = {};  // mu, mu^2, sigma^2, kl of each latent
-  if (n > 0) {
-    const int64_t step = static_cast<int64_t>(gridDim.y) * kRowsY;
-    for (int64_t row = static_cast<int64_t>(blockIdx.y) * kRowsY + y; row < args.batch; row += step) {
-      A mu[4] = {}, log_sigma[4] = {}, z[4] = {};
-      load_quad<vector>(static_cast<const T*>(args.mu.data) + row * args.mu.stride, first, n, mu);
-      load_quad<vector>(static_cast<const T*>(args.log_sigma.data) + row * args.log_sigma.stride, first, n, log_sigma);
-      const Normals eps = normals(philox_quad(rng, args.first_sample + row, quad));
+  // Sixteen sums in double would take a third of the registers, and eight instructions an element. So a thread adds up
+  // kRun rows in A, and such runs in double, in its own column of shared memory.
+  __shared__ double totals[kStatistics * 4][kThreads + 4];  // 4 more: the threads that add it up meet other banks
+#pragma unroll
+  for (int i = 0; i < kStatistics * 4; ++i) totals[i][threadIdx.x] = 0.0;
+
+  const int64_t row = static_cast<int64_t>(blockIdx.y) * kRowsY + y;
+  int rows_left = n > 0 ? grid.rows + (row < grid.longer) : 0;
+  if (rows_left > 0) {
+    constexpr int together = kTogether<T, vector>;
+    int64_t sample = args.first_sample + row;
+    const T* mu_at = static_cast<const T*>(args.mu.data) + row * args.mu.stride + first;
+    const T* log_sigma_at = static_cast<const T*>(args.log_sigma.data) + row * args.log_sigma.stride + first;
+    T* z_at = static_cast<T*>(args.z) + row * k + first;
+    A sums[3][4];  // of mu, mu^2 and sigma^2
+    A rest[4];     // of the part of kl that is not mu^2 / 2
+
+    // The next `rows` rows of this thread.
+    auto take = [&]<int rows>() {
+      A mu[rows][4] = {}, log_sigma[rows][4] = {};
+#pragma unroll
+      for (int r = 0; r < rows; ++r) {
+        load_quad<vector>(mu_at, n, mu[r]);
+        load_quad<vector>(log_sigma_at, n, log_sigma[r]);
+        advance(mu_at, by.mu);
+        advance(log_sigma_at, by.log_sigma);
+      }
+#pragma unroll
+      for (int r = 0; r < rows; ++r) {
+        const Normals eps = normals(philox_quad(rng, sample, quad));
+        sample += grid.step;
+        A z[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const Latent<A> latent = sample_latent<A>(mu[r][j], log_sigma[r][j], static_cast<A>(eps.n[j]));
+          z[j] = latent.z;
+          sums[0][j] += mu[r][j];
+          sums[1][j] = add_square(mu[r][j], sums[1][j]);
+          sums[2][j] = add_square(latent.sigma, sums[2][j]);
+          rest[j] += latent.rest;
+        }
+        store_quad<vector>(z_at, n, z);
+        advance(z_at, by.dense);
+      }
+    };
+    for (; rows_left > 0; rows_left -= kRun) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[0][j] = sums[1][j] = sums[2][j] = rest[j] = A(0);
+      int left = rows_left < kRun ? rows_left : kRun;
+      if constexpr (together > 1) {
+#pragma unroll 1
+        for (; left >= together; left -= together) take.template operator()<together>();
+      }
+#pragma unroll 1
+      for (; left > 0; --left) take.template operator()<1>();
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const Latent<A> latent = sample_latent<A>(mu[j], log_sigma[j], static_cast<A>(eps.n[j]));
-        z[j] = latent.z;
-        const double m = static_cast<double>(mu[j]);
-        sums[0][j] += m;
-        sums[1][j] += m * m;
-        sums[2][j] += static_cast<double>(latent.sigma2);
-        sums[3][j] += static_cast<double>(latent.kl);
+#pragma unroll
+        for (int s = 0; s < 3; ++s) totals[4 * s + j][threadIdx.x] += static_cast<double>(sums[s][j]);
+        totals[4 * 3 + j][threadIdx.x] += 0.5 * static_cast<double>(sums[1][j]) + static_cast<double>(rest[j]);
       }
-      store_quad<vector>(static_cast<T*>(args.z) + row * k, first, n, z);
     }
   }
 
-  // Over the rows of a warp, which has two, then over the block's: from here on, a thread has one statistic of one
-  // latent.
-  __shared__ double shared[kThreads / 32][kThreads];
-#pragma unroll
-  for (int s = 0; s < 4; ++s) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const double both = sums[s][j] + __shfl_down_sync(0xffffffffu, sums[s][j], kQuadsX);
-      if (y % 2 == 0) shared[y / 2][s * kLatentsX + 4 * x + j] = both;
-    }
-  }
+  // Over the block's rows: from here on, a thread has one statistic of one latent.
   __syncthreads();
   const int statistic = threadIdx.x / kLatentsX;
   const int64_t latent = static_cast<int64_t>(blockIdx.x) * kLatentsX + threadIdx.x % kLatentsX;
@@ -131,7 +195,10 @@ __global__ void __launch_bounds__(kThreads, kBounds<T, kSampleResident>) sample_
   const bool mine = latent < k;
   double sum = 0.0;
 #pragma unroll
-  for (int w = 0; w < kThreads / 32; ++w) sum += shared[w][threadIdx.x];
+  for (int r = 0; r < kRowsY; ++r) {
+    const int in_row = threadIdx.x % kLatentsX;
+    sum += totals[4 * statistic + in_row % 4][r * kQuadsX + in_row / 4];
+  }
 
   // Over the chunks of a group, the groups, the columns; the last block of each goes on.
   unsigned int* ticket = scratch_ticket(args.scratch);
@@ -171,30 +238,65 @@ __global__ void __launch_bounds__(kThreads, kBounds<T, kSampleResident>) sample_
 }
 
 template <class T, bool vector>
-__global__ void __launch_bounds__(kThreads, kBounds<T>) sample_grad_kernel(SampleGradArgs args, int64_t quads) {
+__global__ void __launch_bounds__(kThreads, kBounds<T>) sample_grad_kernel(SampleGradArgs args, Grid grid,
+                                                                               Steps by) {
   using A = typename Arithmetic<T>::type;
   const int x = threadIdx.x % kQuadsX, y = threadIdx.x / kQuadsX;
   const int64_t quad = static_cast<int64_t>(blockIdx.x) * kQuadsX + x;
-  if (quad >= quads) return;
+  if (quad >= grid.quads) return;
   const int64_t k = args.k;
   const int64_t first = 4 * quad;
   const int n = k - first < 4 ? static_cast<int>(k - first) : 4;
   const RngState rng{args.state[0], args.state[1]};
   const A g_kl = args.grad_kl != nullptr ? *static_cast<const A*>(args.grad_kl) : A(0);
-  const int64_t step = static_cast<int64_t>(gridDim.y) * kRowsY;
-  for (int64_t row = static_cast<int64_t>(blockIdx.y) * kRowsY + y; row < args.batch; row += step) {
-    A mu[4] = {}, log_sigma[4] = {}, g_z[4] = {}, g_mu[4], g_log_sigma[4];
-    load_quad<vector>(static_cast<const T*>(args.mu.data) + row * args.mu.stride, first, n, mu);
-    load_quad<vector>(static_cast<const T*>(args.log_sigma.data) + row * args.log_sigma.stride, first, n, log_sigma);
-    if (args.grad_z != nullptr) load_quad<vector>(static_cast<const T*>(args.grad_z) + row * k, first, n, g_z);
-    const Normals eps = normals(philox_quad(rng, args.first_sample + row, quad));
+  const int64_t row = static_cast<int64_t>(blockIdx.y) * kRowsY + y;
+  int left = grid.rows + (row < grid.longer);
+  if (left == 0) return;
+  int64_t sample = args.first_sample + row;
+  const T* mu_at = static_cast<const T*>(args.mu.data) + row * args.mu.stride + first;
+  const T* log_sigma_at = static_cast<const T*>(args.log_sigma.data) + row * args.log_sigma.stride + first;
+  const T* g_z_at = static_cast<const T*>(args.grad_z);
+  if (g_z_at != nullptr) g_z_at += row * k + first;
+  T* g_mu_at = static_cast<T*>(args.grad_mu) + row * k + first;
+  T* g_log_sigma_at = static_cast<T*>(args.grad_log_sigma) + row * k + first;
+
+  // The next `rows` rows of this thread.
+  auto take = [&]<int rows>() {
+    A mu[rows][4] = {}, log_sigma[rows][4] = {}, g_z[rows][4] = {};
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      latent_gradient<A>(mu[j], log_sigma[j], static_cast<A>(eps.n[j]), g_z[j], g_kl, &g_mu[j], &g_log_sigma[j]);
+    for (int r = 0; r < rows; ++r) {
+      load_quad<vector>(mu_at, n, mu[r]);
+      load_quad<vector>(log_sigma_at, n, log_sigma[r]);
+      advance(mu_at, by.mu);
+      advance(log_sigma_at, by.log_sigma);
+      if (g_z_at != nullptr) {
+        load_quad<vector>(g_z_at, n, g_z[r]);
+        advance(g_z_at, by.dense);
+      }
     }
-    store_quad<vector>(static_cast<T*>(args.grad_mu) + row * k, first, n, g_mu);
-    store_quad<vector>(static_cast<T*>(args.grad_log_sigma) + row * k, first, n, g_log_sigma);
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+      const Normals eps = normals(philox_quad(rng, sample, quad));
+      sample += grid.step;
+      A g_mu[4], g_log_sigma[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        latent_gradient<A>(mu[r][j], log_sigma[r][j], static_cast<A>(eps.n[j]), g_z[r][j], g_kl, &g_mu[j],
+                           &g_log_sigma[j]);
+      }
+      store_quad<vector>(g_mu_at, n, g_mu);
+      store_quad<vector>(g_log_sigma_at, n, g_log_sigma);
+      advance(g_mu_at, by.dense);
+      advance(g_log_sigma_at, by.dense);
+    }
+  };
+  constexpr int together = kTogether<T, vector>;
+  if constexpr (together > 1) {
+#pragma unroll 1
+    for (; left >= together; left -= together) take.template operator()<together>();
   }
+#pragma unroll 1
+  for (; left > 0; --left) take.template operator()<1>();
 }
 
 __global__ void __launch_bounds__(kThreads) noise_kernel(int64_t* words, float* out, const int64_t* state,
@@ -245,22 +347,23 @@ int with_type(DType type, const F& f) {
 }  // namespace
 
 int64_t sample_kl_scratch_bytes(int64_t batch, int64_t k, Launch launch) {
-  const Grid g = grid_for(batch, k, launch);
+  const Grid g = grid_for(batch, k, launch, kSampleResident);  // a grid of fewer blocks needs less
   return ticket_bytes(g) + static_cast<int64_t>(sizeof(double)) * ((g.chunks + g.groups) * 4 * k + g.columns);
 }
 
 int cuda_sample_kl(const SampleArgs& args, Launch launch) {
   BVAE_CUDA_TRY(cudaSetDevice(launch.device));
   const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
-  const Grid g = grid_for(args.batch, args.k, launch);
-  BVAE_CUDA_TRY(cudaMemsetAsync(args.scratch, 0, static_cast<size_t>(ticket_bytes(g)), stream));
   return with_type(args.type, [&]<class T>() {
-    if (quads_aligned<T>(args.mu, args.log_sigma, args.z, nullptr, nullptr, args.k)) {
-      sample_kernel<T, true><<<dims(g), kThreads, 0, stream>>>(args, g);
-    } else {
-      sample_kernel<T, false><<<dims(g), kThreads, 0, stream>>>(args, g);
-    }
-    return static_cast<int>(cudaGetLastError());
+    const auto run = [&]<bool vector>() {
+      const Grid g = grid_for(args.batch, args.k, launch, kForward<T, vector>);
+      BVAE_CUDA_TRY(cudaMemsetAsync(args.scratch, 0, static_cast<size_t>(ticket_bytes(g)), stream));
+      const Steps by(g, args.mu.stride, args.log_sigma.stride, args.k, sizeof(T));
+      sample_kernel<T, vector><<<dims(g), kThreads, 0, stream>>>(args, g, by);
+      return static_cast<int>(cudaGetLastError());
+    };
+    const bool vector = quads_aligned<T>(args.mu, args.log_sigma, args.z, nullptr, nullptr, args.k);
+    return vector ? run.template operator()<true>() : run.template operator()<false>();
   });
 }
 
@@ -270,10 +373,11 @@ int cuda_sample_kl_backward(const SampleGradArgs& args, Launch launch) {
   const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
   const Grid g = grid_for(args.batch, args.k, launch, kResident);
   return with_type(args.type, [&]<class T>() {
+    const Steps by(g, args.mu.stride, args.log_sigma.stride, args.k, sizeof(T));
     if (quads_aligned<T>(args.mu, args.log_sigma, args.grad_z, args.grad_mu, args.grad_log_sigma, args.k)) {
-      sample_grad_kernel<T, true><<<dims(g), kThreads, 0, stream>>>(args, g.quads);
+      sample_grad_kernel<T, true><<<dims(g), kThreads, 0, stream>>>(args, g, by);
     } else {
-      sample_grad_kernel<T, false><<<dims(g), kThreads, 0, stream>>>(args, g.quads);
+      sample_grad_kernel<T, false><<<dims(g), kThreads, 0, stream>>>(args, g, by);
     }
     return static_cast<int>(cudaGetLastError());
   });

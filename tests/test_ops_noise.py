@@ -58,7 +58,7 @@ def test_normals_are_within_a_few_ulp_of_exact(device):
     got = ops.philox_normal(ops.make_rng(3, device), 2000, 64).double().cpu()
     exact = reference.philox_normal(ops.make_rng(3), 2000, 64).double()
     ulp = 2.0**-23
-    assert ((got - exact) / exact).abs().max().item() <= 4 * ulp
+    assert ((got - exact) / exact).abs().max().item() <= (3 if device == "cpu" else 4) * ulp  # sqrt.approx there
 
 
 @pytest.mark.gpu
