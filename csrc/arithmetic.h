@@ -10,12 +10,17 @@
 
 #include "common.h"
 
+// BVAE_FMA: set by the files whose instruction set is chosen by a pragma, which need not define __FMA__ (GCC 12).
+#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__aarch64__)
+#define BVAE_FMA 1
+#endif
+
 namespace bvae {
 
 BVAE_HD float fused(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
   return __fmaf_rn(a, b, c);
-#elif defined(__FMA__) || defined(__aarch64__)
+#elif defined(BVAE_FMA)
   return __builtin_fmaf(a, b, c);
 #else
   return a * b + c;  // libm's fmaf would be a function call per element
@@ -50,7 +55,7 @@ BVAE_HD float float_of(uint32_t u) {
 
 // v / 255, correctly rounded, for v = 0, 1 ... 255: the reciprocal in two parts, and one rounding that counts.
 BVAE_HD float unit_from_u8(float v) {
-#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__aarch64__)
+#ifdef BVAE_FMA
   constexpr float high = 1.0f / 255.0f;
   constexpr float low = static_cast<float>(1.0 / 255.0 - static_cast<double>(high));
   return fused(v, high, v * low);
@@ -91,19 +96,23 @@ BVAE_HD float exp_any(float x) {
 }
 #endif
 
-// e^x for x in [-87, 0]; below that, e^-87 (on a GPU 0).
-BVAE_HD float exp_negative(float x) {
+// e^x; beyond +-87 that of the nearer end, so that neither it nor its reciprocal is infinite or subnormal.
+BVAE_HD float exp_bounded(float x) {
+  const float size = fabsf(x);
+  x = copysignf(size > 87.0f ? 87.0f : size, x);  // one comparison: of two, GCC makes a chain of masks
 #ifdef __CUDA_ARCH__
   return exp_any(x);
 #else
-  x = x < -87.0f ? -87.0f : x;
   float scale;
   const float q = expm1_reduced(split_exp<127>(x, &scale));
   return fused(q, scale, scale);
 #endif
 }
 
-BVAE_HD double exp_negative(double x) { return exp(x); }
+BVAE_HD double exp_bounded(double x) {
+  x = x < -700.0 ? -700.0 : x;
+  return exp(x > 700.0 ? 700.0 : x);
+}
 
 BVAE_HD float reciprocal(float x) {
 #ifdef __CUDA_ARCH__
@@ -117,15 +126,10 @@ BVAE_HD float reciprocal(float x) {
 
 BVAE_HD double reciprocal(double x) { return 1.0 / x; }
 
-// 1 / (1 + e^-x). e^-|x| never overflows.
+// 1 / (1 + e^-x).
 template <class A>
 BVAE_HD A sigmoid(A x) {
-#ifdef __CUDA_ARCH__
-  if constexpr (sizeof(A) == 4) return reciprocal(1.0f + exp_any(-x));  // where e^-x is infinite this is the 0 it should be
-#endif
-  const A t = exp_negative(x < A(0) ? x : -x);
-  const A r = reciprocal(A(1) + t);
-  return x < A(0) ? t * r : r;
+  return reciprocal(A(1) + exp_bounded(-x));
 }
 
 // sigma = e^l and (sigma^2 - 1) / 4 from one reduction. With h = (e^l - 1) / 2 the latter is h^2 + h, which keeps its
@@ -208,15 +212,14 @@ BVAE_HD A residual(A recon, A target) {
   }
 }
 
-// d (x_hat - x)^2 / d recon, halved: the coefficient the caller multiplies with carries the 2. Through e^-|x|, which
-// keeps 1 - x_hat exact.
+// d (x_hat - x)^2 / d recon, halved: the coefficient the caller multiplies with carries the 2. 1 - x_hat is
+// e^-x x_hat, which keeps its digits where x_hat is close to 1.
 template <bool logits, class A>
 BVAE_HD A half_slope(A recon, A target) {
   if constexpr (logits) {
-    const A t = exp_negative(recon < A(0) ? recon : -recon);
-    const A r = reciprocal(A(1) + t);
-    const A other = t * r;
-    return ((recon < A(0) ? other : r) - target) * (other * r);
+    const A t = exp_bounded(-recon);
+    const A x_hat = reciprocal(A(1) + t);
+    return (x_hat - target) * (t * x_hat * x_hat);
   } else {
     return recon - target;
   }

@@ -109,7 +109,8 @@ std::tuple<Tensor, Tensor> balanced_loss_backward(const std::optional<Tensor>& g
     check_same_device(recon, **g, "the reconstruction", "the gradient");
   }
   const int64_t numel = recon.numel(), batch = recon.size(0);
-  Tensor grad = torch::stable::empty_like(p.recon);
+  const auto sizes = p.recon.sizes(), strides = p.recon.strides();
+  Tensor grad = empty_strided(recon, sizes.data(), strides.data(), recon.dim(), recon.scalar_type());
   Tensor grad_kl = empty_scalar(recon, sums);
   const void* r = p.recon.const_data_ptr();
   const void* t = p.target.const_data_ptr();

@@ -4,6 +4,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2")
+#define BVAE_FMA 1
 #define BVAE_CPU_NAME "avx2"
 #include "cpu_loops.h"
 

@@ -2,7 +2,8 @@
 // the compiler's target first and BVAE_CPU_NAME; everything below is local to the including file. No pragma once.
 //
 // Elements pass through small blocks of the arithmetic type, which stay in the first-level cache: one loop converts,
-// one computes, one converts back, and each of them is simple enough for the compiler to vectorise.
+// one computes, one converts back, and each of them is simple enough for the compiler to vectorise. The bytes of the
+// loss's target are converted where they are used: a float a byte would be four times the traffic.
 
 #include "cpu.h"
 #include "half.h"
@@ -15,6 +16,20 @@ constexpr int kBlock = 1024;  // elements of the loss at a time
 constexpr int kTile = 256;    // latents at a time, a multiple of 4
 
 // ---- conversions ---------------------------------------------------------------------------------------------------
+
+// A byte as its fraction of 255; what already is A stays.
+template <class A>
+A fraction(uint8_t v) {
+  if constexpr (sizeof(A) == 8) {
+    return v / 255.0;
+  } else {
+    return unit_from_u8(static_cast<float>(v));
+  }
+}
+template <class A>
+A fraction(A v) {
+  return v;
+}
 
 // n elements from `begin` on, as A: a pointer into the tensor where it already is A, else into `buffer`.
 template <class A>
@@ -47,11 +62,7 @@ const A* load(DType type, const void* data, int64_t begin, int n, A* buffer) {
     }
     case DType::u8: {
       const uint8_t* p = static_cast<const uint8_t*>(data) + begin;
-      if constexpr (sizeof(A) == 8) {
-        for (int i = 0; i < n; ++i) buffer[i] = p[i] / 255.0;
-      } else {
-        for (int i = 0; i < n; ++i) buffer[i] = unit_from_u8(static_cast<float>(p[i]));
-      }
+      for (int i = 0; i < n; ++i) buffer[i] = fraction<A>(p[i]);
       break;
     }
   }
@@ -78,39 +89,63 @@ void store(DType type, void* data, int64_t begin, int n, const A* values) {
 
 // ---- the loss ------------------------------------------------------------------------------------------------------
 
-// Sum of n values in 16 interleaved lanes: the order is fixed, so every instruction set gives the same bits.
+// A sum in interleaved lanes, which are added up in double after every block: the order is fixed, so every instruction
+// set gives the same bits. Adding element by element, not block by block, leaves nothing to store in between.
+constexpr int kLanes = 64;
+
 template <class A>
-double lane_sum(const A* values, int n) {
-  typedef A Lanes __attribute__((vector_size(16 * sizeof(A))));
-  Lanes lanes = {};
-  int i = 0;
-  for (; i + 16 <= n; i += 16) {
-    Lanes next;
-    __builtin_memcpy(&next, values + i, sizeof(next));
-    lanes += next;
+struct LaneSum {
+  alignas(64) double wide[16] = {};
+
+  // Adds term(place, lane) for the places [0, n) of a block: what the lane becomes.
+  template <class F>
+  void block(int n, F term) {
+    alignas(64) A lanes[kLanes] = {};
+    int64_t i = 0;  // not int: Python's -fwrapv lets an int wrap, and i + j would no longer count up
+    for (; i + kLanes <= n; i += kLanes) {
+      for (int64_t j = 0; j < kLanes; ++j) lanes[j] = term(i + j, lanes[j]);
+    }
+    for (int64_t j = 0; i + j < n; ++j) lanes[j] = term(i + j, lanes[j]);
+    for (int j = 0; j < kLanes; j += 16) {
+      for (int k = 0; k < 16; ++k) wide[k] += static_cast<double>(lanes[j + k]);
+    }
   }
-  double total = 0.0;
-  for (int j = 0; j < 16; ++j) total += static_cast<double>(lanes[j]);
-  for (; i < n; ++i) total += static_cast<double>(values[i]);
-  return total;
+
+  double total() const {
+    double sum = 0.0;
+    for (const double w : wide) sum += w;
+    return sum;
+  }
+};
+
+// Calls f(recon, target, offset, n) for blocks of the elements [begin, end): recon as A, target as A or, read where it
+// lies, as bytes.
+template <class A, class F>
+void by_blocks(DType recon_type, const void* recon, DType target_type, const void* target, int64_t begin, int64_t end,
+               F f) {
+  alignas(64) A recon_buffer[kBlock], target_buffer[kBlock];
+  for (int64_t b = begin; b < end; b += kBlock) {
+    const int n = static_cast<int>(end - b < kBlock ? end - b : kBlock);
+    const A* r = load<A>(recon_type, recon, b, n, recon_buffer);
+    if (target_type == DType::u8) {
+      f(r, static_cast<const uint8_t*>(target) + b, b, n);
+    } else {
+      f(r, load<A>(target_type, target, b, n, target_buffer), b, n);
+    }
+  }
 }
 
 template <class A, bool logits>
 double sse_range(DType recon_type, const void* recon, DType target_type, const void* target, int64_t begin,
                  int64_t end) {
-  alignas(64) A recon_buffer[kBlock], target_buffer[kBlock], squares[kBlock];
-  double total = 0.0;
-  for (int64_t b = begin; b < end; b += kBlock) {
-    const int n = static_cast<int>(end - b < kBlock ? end - b : kBlock);
-    const A* __restrict r = load<A>(recon_type, recon, b, n, recon_buffer);
-    const A* __restrict t = load<A>(target_type, target, b, n, target_buffer);
-    for (int i = 0; i < n; ++i) {
-      const A d = residual<logits>(r[i], t[i]);
-      squares[i] = d * d;
-    }
-    total += lane_sum(squares, n);
-  }
-  return total;
+  LaneSum<A> sum;
+  by_blocks<A>(recon_type, recon, target_type, target, begin, end,
+               [&sum]<class T>(const A* __restrict r, const T* __restrict t, int64_t, int n) {
+                 sum.block(n, [r, t](int64_t i, A lane) {
+                   return add_square(residual<logits>(r[i], fraction<A>(t[i])), lane);
+                 });
+               });
+  return sum.total();
 }
 
 double sse(DType recon_type, const void* recon, DType target_type, const void* target, bool logits, int64_t begin,
@@ -126,15 +161,13 @@ double sse(DType recon_type, const void* recon, DType target_type, const void* t
 template <class A, bool logits>
 void sse_grad_range(DType recon_type, const void* recon, DType target_type, const void* target, A coefficient,
                     void* grad, int64_t begin, int64_t end) {
-  alignas(64) A recon_buffer[kBlock], target_buffer[kBlock], grad_buffer[kBlock];
-  for (int64_t b = begin; b < end; b += kBlock) {
-    const int n = static_cast<int>(end - b < kBlock ? end - b : kBlock);
-    const A* __restrict r = load<A>(recon_type, recon, b, n, recon_buffer);
-    const A* __restrict t = load<A>(target_type, target, b, n, target_buffer);
-    A* __restrict g = place<A>(recon_type, grad, b, grad_buffer);
-    for (int i = 0; i < n; ++i) g[i] = coefficient * half_slope<logits>(r[i], t[i]);
-    store(recon_type, grad, b, n, g);
-  }
+  alignas(64) A grad_buffer[kBlock];
+  by_blocks<A>(recon_type, recon, target_type, target, begin, end,
+               [&]<class T>(const A* __restrict r, const T* __restrict t, int64_t b, int n) {
+                 A* __restrict g = place<A>(recon_type, grad, b, grad_buffer);
+                 for (int i = 0; i < n; ++i) g[i] = coefficient * half_slope<logits>(r[i], fraction<A>(t[i]));
+                 store(recon_type, grad, b, n, g);
+               });
 }
 
 void sse_grad(DType recon_type, const void* recon, DType target_type, const void* target, bool logits,
@@ -283,43 +316,49 @@ void sample_grad(DType type, const void* grad_z, double grad_kl, Rows mu, Rows l
 // ---- gather --------------------------------------------------------------------------------------------------------
 
 template <class T, class Convert>
-void unit_values(const uint8_t* rows, void* x, int64_t begin, int64_t n, Convert convert) {
-  T* out = static_cast<T*>(x) + begin;
+void unit_values(const uint8_t* __restrict rows, void* x, int64_t n, Convert convert) {
+  T* __restrict out = static_cast<T*>(x);
   for (int64_t i = 0; i < n; ++i) out[i] = convert(unit_from_u8(static_cast<float>(rows[i])));
+}
+
+// One line of pixels in reverse. The number of channels, where it is fixed, is known to the compiler: 0 stands for any.
+template <int fixed>
+void mirror(const uint8_t* __restrict from, uint8_t* __restrict to, int64_t width, int64_t any) {
+  const int64_t channels = fixed != 0 ? fixed : any;
+  for (int64_t w = 0; w < width; ++w) {
+    for (int64_t c = 0; c < channels; ++c) to[w * channels + c] = from[(width - 1 - w) * channels + c];
+  }
 }
 
 void gather(const uint8_t* data, const int64_t* index, const bool* flip, DType type, void* x, uint8_t* rows,
             int64_t height, int64_t width, int64_t channels, int64_t begin, int64_t end) {
   const int64_t line = width * channels;
   const int64_t image = height * line;
+  const auto mirror_line = channels == 3 ? mirror<3> : channels == 1 ? mirror<1> : mirror<0>;
   for (int64_t b = begin; b < end; ++b) {
     const uint8_t* from = data + index[b] * image;
     uint8_t* to = rows + b * image;
     if (flip == nullptr || !flip[b]) {
       std::memcpy(to, from, static_cast<size_t>(image));
     } else {
-      for (int64_t h = 0; h < height; ++h) {
-        for (int64_t w = 0; w < width; ++w) {
-          for (int64_t c = 0; c < channels; ++c) {
-            to[h * line + w * channels + c] = from[h * line + (width - 1 - w) * channels + c];
-          }
-        }
-      }
+      for (int64_t h = 0; h < height; ++h) mirror_line(from + h * line, to + h * line, width, channels);
     }
     switch (type) {
       case DType::bf16:
-        unit_values<uint16_t>(to, x, b * image, image, [](float v) { return bf16_from_float(v); });
+        unit_values<uint16_t>(to, static_cast<uint16_t*>(x) + b * image, image,
+                              [](float v) { return bf16_from_float(v); });
         break;
       case DType::f16:
-        unit_values<uint16_t>(to, x, b * image, image, [](float v) { return f16_from_float(v); });
+        unit_values<uint16_t>(to, static_cast<uint16_t*>(x) + b * image, image,
+                              [](float v) { return f16_from_float(v); });
         break;
       case DType::f64: {
         double* out = static_cast<double*>(x) + b * image;
-        for (int64_t i = 0; i < image; ++i) out[i] = to[i] / 255.0;
+        for (int64_t i = 0; i < image; ++i) out[i] = fraction<double>(to[i]);
         break;
       }
       default:
-        unit_values<float>(to, x, b * image, image, [](float v) { return v; });
+        unit_values<float>(to, static_cast<float*>(x) + b * image, image, [](float v) { return v; });
     }
   }
 }
@@ -428,6 +467,11 @@ void scale_relu(DType type, const void* x, const float* mean, const float* scale
       [](int64_t, int) {});
 }
 
+// The part of the gradient that the ReLU let through: where scale (x - mean) + bias, with d = x - mean, is positive.
+BVAE_HD float passed_by_relu(float grad, float d, float scale, float bias) {
+  return d * scale + bias > 0.0f ? grad : 0.0f;
+}
+
 void gradient_moments(DType type, const void* grad, const void* x, const float* mean, const float* scale,
                       const float* bias, double* sums, int64_t channels, int64_t begin, int64_t end) {
   alignas(64) float buffer[kWide], grads[kWide];
@@ -445,7 +489,7 @@ void gradient_moments(DType type, const void* grad, const void* x, const float* 
         float* __restrict second = pair.second;
         for (int i = 0; i < n; ++i) {
           const float d = v[i] - m[i];
-          const float passed = d * s[i] + b[i] > 0.0f ? g[i] : 0.0f;
+          const float passed = passed_by_relu(g[i], d, s[i], b[i]);
           first[i] += passed;
           second[i] += passed * d;
         }
@@ -472,7 +516,7 @@ void scale_relu_grad(DType type, const void* grad, const void* x, const float* m
         float* __restrict out = place<float>(type, grad_x, at, results);
         for (int i = 0; i < n; ++i) {
           const float d = v[i] - m[i];
-          const float passed = d * s[i] + b[i] > 0.0f ? g[i] : 0.0f;
+          const float passed = passed_by_relu(g[i], d, s[i], b[i]);
           out[i] = s[i] * passed - k[i] * d - o[i];
         }
         store(type, grad_x, at, n, out);
@@ -483,15 +527,14 @@ void scale_relu_grad(DType type, const void* grad, const void* x, const float* m
 // ---- Adam ----------------------------------------------------------------------------------------------------------
 
 double square_sum(DType type, const void* data, int64_t begin, int64_t end) {
-  alignas(64) float buffer[kBlock], squares[kBlock];
-  double total = 0.0;
+  alignas(64) float buffer[kBlock];
+  LaneSum<float> sum;
   for (int64_t b = begin; b < end; b += kBlock) {
     const int n = static_cast<int>(end - b < kBlock ? end - b : kBlock);
     const float* __restrict v = load<float>(type, data, b, n, buffer);
-    for (int i = 0; i < n; ++i) squares[i] = v[i] * v[i];
-    total += lane_sum(squares, n);
+    sum.block(n, [v](int64_t i, float lane) { return add_square(v[i], lane); });
   }
-  return total;
+  return sum.total();
 }
 
 void adam(DType type, const void* grad, float* parameter, float* exp_avg, float* exp_avg_sq, uint16_t* half,

@@ -10,13 +10,17 @@ import torch
 TOOL = Path(__file__).parents[1] / "tools" / "bench_kernels.py"
 
 
-@pytest.fixture
-def tool(needs_extension):
-    spec = importlib.util.spec_from_file_location("bench_kernels", TOOL)
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def tool(needs_extension):
+    return load(TOOL)
 
 
 @pytest.mark.skipif(not TOOL.exists(), reason="the tools are not there")
@@ -39,6 +43,10 @@ def test_every_op_is_measured(tool, device, tmp_path, capsys):
         assert r["eager_over_fused"] > 0
     printed = capsys.readouterr().out
     assert all(r["op"] in printed for r in report["results"])
+    table = load(TOOL.with_name("bench_table.py")).describe_kernels(report)
+    assert table.count("| `") == len(report["results"])
+    first = report["results"][0]
+    assert f" | {first['fused']['median']:,.0f} | {first['eager_over_fused']:.2f}x |  |" in table  # nothing compiled
 
 
 @pytest.mark.gpu

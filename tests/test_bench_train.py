@@ -50,13 +50,14 @@ def test_a_quick_measurement_and_its_table(tmp_path, monkeypatch, needs_extensio
         assert list(report["cpu"][stage]) == names
         assert all(rate > 0 for rate in report["cpu"][stage].values())
     assert {name: report["cpu"][name] for name in names} == report["cpu"]["stage1"]
-    text = table.describe(report)
+    text = table.describe_train(report)
     assert text.count("| `cifar10`, stage ") == 2
     assert f"| {report['cpu']['bvae']:,.0f} |" in text
-    shown = table.inserted(f"before\n{table.BEGIN}{table.END}\nafter", text)
-    assert table.inserted(shown, text) == shown
+    shown = table.inserted("before\n<!-- bench_train -->\n<!-- /bench_train -->\nafter", "bench_train", text)
+    assert table.inserted(shown, "bench_train", text) == shown
     assert shown.startswith("before\n") and shown.endswith("\nafter")
-    assert table.inserted(shown, "other") != shown
+    assert table.inserted(shown, "bench_train", "other") != shown
+    assert table.inserted(shown, "bench_kernels", "other") == shown
 
 
 def test_the_documents_show_what_the_json_says(capsys):

@@ -347,6 +347,7 @@ def main(argv: list[str] | None = None) -> None:
     bandwidth = copy_bandwidth(elements, clock, args.rounds)
     report: dict[str, Any] = {
         "command": " ".join(["python", *(sys.argv if argv is None else ["tools/bench_kernels.py", *argv])]),
+        "date": time.strftime("%Y-%m-%d"),
         "device": describe_device(device),
         "versions": versions(),
         "commit": commit(),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the table of benchmarks/bench_train-*.json into the documents, between their markers.
+"""Writes the tables of benchmarks/bench_train-*.json and bench_kernels-*.json into the documents, between markers.
 
     python tools/bench_table.py [--check] [DOCUMENT ...]      README.md and docs/throughput.md by default
 
@@ -8,6 +8,7 @@ A document takes part with the two lines
     <!-- bench_train -->
     <!-- /bench_train -->
 
+or those of bench_kernels.
 --check changes nothing and ends with exit code 1 where a document does not show what the JSON files say.
 """
 
@@ -17,7 +18,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- bench_train -->\n", "<!-- /bench_train -->"
 NAMES = {
     "bvae": "bvae",
     "bvae_compile": "bvae `--compile`",
@@ -34,12 +34,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("documents", nargs="*", type=Path)
     args = parser.parse_args(argv)
     documents = args.documents or [p for p in (ROOT / "README.md", ROOT / "docs/throughput.md") if p.exists()]
-    reports = [json.loads(p.read_text()) for p in sorted((ROOT / "benchmarks").glob("bench_train-*.json"))]
-    table = "\n".join(map(describe, reports))
+    tables = {}
+    for name, describe in (("bench_train", describe_train), ("bench_kernels", describe_kernels)):
+        reports = [json.loads(p.read_text()) for p in sorted((ROOT / "benchmarks").glob(f"{name}-*.json"))]
+        tables[name] = "\n".join(map(describe, reports))
     stale = []
     for document in documents:
-        text = document.read_text()
-        if (written := inserted(text, table)) != text:
+        text = written = document.read_text()
+        for name, table in tables.items():
+            written = inserted(written, name, table)
+        if written != text:
             stale.append(document)
             if not args.check:
                 document.write_text(written)
@@ -48,19 +52,39 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if args.check and stale else 0
 
 
-def inserted(text: str, table: str) -> str:
-    """`text` with `table` between its markers; as it is where it has none."""
-    if BEGIN not in text:
+def inserted(text: str, name: str, table: str) -> str:
+    """`text` with `table` between the markers of `name`; as it is where it has none."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    if begin not in text:
         return text
-    before, rest = text.split(BEGIN, 1)
-    return f"{before}{BEGIN}{table}{END}{rest.split(END, 1)[1]}"
+    before, rest = text.split(begin, 1)
+    return f"{before}{begin}{table}{end}{rest.split(end, 1)[1]}"
 
 
-def describe(report: dict) -> str:
-    """One measurement as a Markdown table with its circumstances."""
+def circumstances(report: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return f"`{report['command']}` on {report['date']}: {report['device']}; {versions}; commit {report['commit']}."
+
+
+def describe_kernels(report: dict) -> str:
+    """One measurement of bench_kernels as a Markdown table with its circumstances."""
+    lines = ["| op | size | type | bvae, us | eager | torch.compile |", "|---|---|---|---|---|---|"]
+    for r in report["results"]:
+        over = [r.get(f"{rival}_over_fused") for rival in ("eager", "compiled")]
+        cells = [f"{r['fused']['median']:,.0f}"] + ["" if x is None else f"{x:.2f}x" for x in over]
+        lines.append(f"| `{r['op']}` | {r['size']} | {r['type']} | " + " | ".join(cells) + " |")
+    lines.append("")
+    lines.append(
+        f"{circumstances(report)} bvae's time, the median over rounds in which all take turns, and how many times as "
+        f"long the others take; copying memory moves {report['copy_bytes_per_s'] / 1e9:.1f} GB/s."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def describe_train(report: dict) -> str:
+    """One measurement of bench_train as a Markdown table with its circumstances."""
     device = "cuda" if "cuda" in report else "cpu"
     recipes = [(r, s) for r, stages in report[device].items() if r not in ("stage1", "stage2") for s in rows(stages)]
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     names = [n for n in NAMES if any(n in report[device][r][s] for r, s in recipes)]
     lines = [
         "| images/s | " + " | ".join(NAMES[n] for n in names) + " |",
@@ -72,8 +96,8 @@ def describe(report: dict) -> str:
         lines.append(f"| `{recipe}`, stage {stage[-1]} | " + " | ".join(cells) + " |")
     lines.append("")
     lines.append(
-        f"`{report['command']}` on {report['date']}: {report['device']}; {versions}; commit {report['commit']}. In "
-        "brackets: how many times as fast bvae is, the median over rounds in which all take turns."
+        f"{circumstances(report)} In brackets: how many times as fast bvae is, the median over rounds in which all "
+        "take turns."
     )
     return "\n".join(lines) + "\n"
 
