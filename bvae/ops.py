@@ -373,9 +373,7 @@ def adam(
             CUDA kernels.
     """
     if EXTENSION_ERROR is not None:
-        return reference.adam(
-            parameters, grads, exp_avgs, exp_avg_sqs, halves, steps, good, lr, betas=betas, eps=eps
-        )
+        return reference.adam(parameters, grads, exp_avgs, exp_avg_sqs, halves, steps, good, lr, betas=betas, eps=eps)
     halved = [i for i, half in enumerate(halves) if half is not None]
     copies = [half for half in halves if half is not None]
     return _raw.adam(parameters, grads, exp_avgs, exp_avg_sqs, copies, halved, steps, good, lr, *betas, eps)

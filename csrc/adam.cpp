@@ -74,8 +74,9 @@ void adam(const std::vector<Tensor>& parameters, const std::vector<std::optional
           const std::vector<Tensor>& halves, const std::vector<int64_t>& halved, Tensor steps, const Tensor& good,
           const Tensor& lr, double beta1, double beta2, double eps) {
   const size_t n = parameters.size();
-  STD_TORCH_CHECK(grads.size() == n && exp_avgs.size() == n && exp_avg_sqs.size() == n && halves.size() == halved.size(),
-                  "bvae: adam takes lists of one length");
+  STD_TORCH_CHECK(grads.size() == n && exp_avgs.size() == n && exp_avg_sqs.size() == n, "bvae: adam takes lists of one "
+                  "length");
+  STD_TORCH_CHECK(halves.size() == halved.size(), "bvae: every copy needs its parameter's number");
   STD_TORCH_CHECK(steps.dim() == 1 && steps.size(0) == static_cast<int64_t>(n) &&
                       steps.scalar_type() == ScalarType::Float && steps.is_contiguous(),
                   "bvae: steps must be float32, one for each parameter");
@@ -126,7 +127,8 @@ void adam(const std::vector<Tensor>& parameters, const std::vector<std::optional
     if (!*gate) return;
     for (AdamTensor& t : all) t.corrections = adam_corrections(*rate, beta1, beta2, counts[t.slot] += 1.0f);
     over_elements(all, [&](const AdamTensor& t, int64_t begin, int64_t end) {
-      cpu_loops().adam(factors, t.corrections, t.type, t.grad, t.parameter, t.exp_avg, t.exp_avg_sq, t.half, begin, end);
+      cpu_loops().adam(factors, t.corrections, t.type, t.grad, t.parameter, t.exp_avg, t.exp_avg_sq, t.half, begin,
+                       end);
     });
   } else {
     on_cuda(steps, [&]([[maybe_unused]] Launch launch) {

@@ -1,6 +1,6 @@
-// Adam on CUDA over many tensors a launch, and the check of their gradients. Each launch takes a table of tensors by
-// value, so that no pointer has to be copied to the device, which a CUDA graph would have to keep alive. Tensors are cut
-// into chunks, which the blocks take in turn.
+// Adam on CUDA over many tensors a launch, and the check of their gradients. A launch takes its table of tensors by
+// value: nothing is copied to the device first, and a CUDA graph keeps the table itself. Tensors are cut into chunks,
+// which the blocks take in turn.
 #include "device.cuh"
 
 namespace bvae {
@@ -29,8 +29,8 @@ __device__ __forceinline__ Piece piece_of(const Table& table, int t, int c) {
   return {begin, static_cast<int>(rest < chunk ? rest : chunk)};
 }
 
-// Splits `count` tensors into tables and launches each: put(table, place, i) writes tensor i, of numel(i) elements, to a
-// place in the table, launch_table(table, first tensor, chunks) launches it.
+// Splits `count` tensors into tables and launches each: put(table, place, i) writes tensor i, of numel(i) elements, to
+// its place in the table, launch_table(table, first tensor, chunks) launches it.
 template <class Table, int most, int chunk, class Numel, class Put, class LaunchTable>
 int by_tables(int64_t count, const Numel& numel, const Put& put, const LaunchTable& launch_table) {
   static_assert(sizeof(Table) <= kMostBytes - 64);  // the rest is for the kernel's other parameters

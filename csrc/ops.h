@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor> gather(const Tensor& data, const Tensor& index, const
                                   ScalarType dtype);
 
 Tensor all_finite(const std::vector<Tensor>& tensors);
-// halves[j] is the copy of parameters[halved[j]]: torch.compile takes no list with gaps for an argument that is written.
+// halves[j] is the copy of parameters[halved[j]]: for what an op writes, torch.compile takes no list with gaps.
 void adam(const std::vector<Tensor>& parameters, const std::vector<std::optional<Tensor>>& grads,
           const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
           const std::vector<Tensor>& halves, const std::vector<int64_t>& halved, Tensor steps, const Tensor& good,

@@ -300,7 +300,11 @@ def test_other_gradients_and_gates_are_refused(device):
             state.step([grad])
     with pytest.raises(RuntimeError, match="good"):
         state.step(state.grads(0), good=torch.ones((), device=device))
-    for given, match in (([], "no tensor arguments"), ([state.steps.double()], "float64"), ([state.steps.int()], "float32")):
+    for given, match in (
+        ([], "no tensor arguments"),
+        ([state.steps.double()], "float64"),
+        ([state.steps.int()], "float32"),
+    ):
         with pytest.raises(RuntimeError, match=match):
             ops.all_finite(given)
 

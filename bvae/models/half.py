@@ -34,9 +34,8 @@ class Linear(Halved, nn.Linear):
 class Copies:
     """bf16 copies of weights, which their layers compute with inside `with`, and nowhere else.
 
-    ops.adam moves weights and copies alike. Other changes of a weight are noticed by `refresh`, so at the next `with`. A
-    CUDA graph runs no Python: `refresh` must come before its recording, or the refreshing becomes part of it, and before
-    a replay.
+    ops.adam moves weights and copies alike. `refresh` notices other changes, and `with` begins with it. A CUDA graph
+    runs no Python: `refresh` must come before it is recorded, or every replay would refresh, and before every replay.
     """
 
     def __init__(self, weights: list[nn.Parameter]) -> None:
