@@ -116,25 +116,16 @@ def test_a_closed_gate_changes_nothing(device, module):
 
 @pytest.mark.parametrize("kind", GRADS)
 def test_memory_of_any_alignment_and_layout_gives_the_same_bits(device, kind):
-    values = torch.randn(3, 5, 6, 7)
+    g = torch.Generator().manual_seed(0)
+    p, grad = (torch.randn((3, 5, 6, 7), generator=g).to(device) for _ in range(2))
+    zero, half = torch.zeros_like(p), p.bfloat16()
+    steps, good, lr = torch.zeros(1, device=device), torch.tensor(True, device=device), torch.tensor(0.1, device=device)
     results = []
-    for name in layouts(values):
-        ends = [t.to(device) for t in (values, torch.randn(values.shape, generator=torch.Generator().manual_seed(1)))]
-        where = "contiguous" if name == "gaps" else name  # a parameter is dense; its gradient need not be
-        p, m, v, half = (
-            layouts(t)[where]
-            for t in (ends[0], torch.zeros_like(ends[0]), torch.zeros_like(ends[0]), ends[0].bfloat16())
-        )
-        for grad in layouts(ends[1].to(kind)).values():
-            before = p.clone()
-            state = [t.clone() for t in (p, m, v, half)] if name != "unaligned" else [p, m, v, half]
-            steps, good = torch.zeros(1, device=device), torch.tensor(True, device=device)
-            lr = torch.tensor(0.1, device=device)
-            ops.adam([state[0]], [grad], [state[1]], [state[2]], [state[3]], steps, good, lr, **KW)
-            results.append([t.cpu().clone() for t in state])
-            if name == "unaligned":
-                for t, old in zip((p, m, v, half), (before, 0, 0, before), strict=True):
-                    t.copy_(old) if isinstance(old, torch.Tensor) else t.zero_()
+    for where in ("contiguous", "channels_last", "unaligned"):
+        for given in layouts(grad.to(kind)).values():
+            state = [layouts(t.clone())[where] for t in (p, zero, zero, half)]
+            ops.adam(*([t] for t in (state[0], given, *state[1:])), steps.zero_(), good, lr, **KW)
+            results.append(state)
     for result in results[1:]:
         same(result, results[0])
 
@@ -322,10 +313,10 @@ def test_a_gpu_gives_the_cpus_bits():
 
 
 @pytest.mark.gpu
-def test_replays_take_the_steps(device="cuda"):
+def test_replays_take_the_steps():
     """The count, the rate and the gate are read where they are: every replay is a step of its own."""
     shapes = [(i % 300 + 1,) for i in range(150)]
-    eager, replayed = State(device, shapes), State(device, shapes)
+    eager, replayed = State("cuda", shapes), State("cuda", shapes)
     grads = [eager.grads(seed) for seed in range(6)]
     grads[3][0][0] = math.nan
     held = [None if g is None else g.clone() for g in grads[0]]
