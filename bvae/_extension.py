@@ -8,7 +8,7 @@ def load() -> str | None:
     """Registers torch.ops.bvae. Returns None, or one line on why the extension is not in use."""
     if os.environ.get("BVAE_DISABLE_EXTENSION") == "1":
         return "BVAE_DISABLE_EXTENSION=1"
-    import torch  # noqa: F401  its libraries must be loaded before the extension that links to them
+    import torch  # its libraries must be loaded before the extension that links to them
 
     try:
         importlib.import_module("bvae._C")
@@ -18,4 +18,6 @@ def load() -> str | None:
         return "bvae._C was not built (no C++ compiler at installation)"
     except ImportError as error:
         return f"bvae._C could not be loaded: {error}"
+    if not hasattr(torch.ops.bvae, "all_finite"):  # the newest of the ops
+        return "bvae._C was built from older sources: build it again"
     return None

@@ -63,6 +63,7 @@ class Graph:
 
     def __init__(self, batches: Batches, step: Step) -> None:
         self.batches = batches
+        self.copies = step.copies
         self.replays: dict[int, Callable[[], None]] = {}
 
         def steps(n: int) -> None:
@@ -74,13 +75,14 @@ class Graph:
                 steps(1)
                 undo()
             # What a recorded step leaves in .grad must be of the graphs' own memory.
-            step.optimizer.zero_grad()
+            step.zero_grad()
             for n in (1, STEPS) if batches.resident else (1,):
                 self.replays[n] = record(lambda n=n: steps(n))  # type: ignore[misc]
 
     def run(self, most: int) -> int:
         n = max(n for n in self.replays if n <= most)
         self.batches.fetch()
+        self.copies.refresh()
         self.replays[n]()
         return n
 
@@ -124,7 +126,7 @@ def compile_step(batches: Batches, step: Step) -> str | None:
 def _undone(batches: Batches, step: Step) -> Iterator[Callable[[], None]]:
     """Puts back what steps in the block have changed, at its end and where it calls what this gives.
 
-    At its end there are no gradients.
+    At its end there are no gradients. The weights' bf16 copies are right when it begins, and after each putting back.
     """
     state = [*step.state(), batches.position, *batches.state().values()]
     kept = [t.detach().clone() for t in state]
@@ -133,11 +135,13 @@ def _undone(batches: Batches, step: Step) -> Iterator[Callable[[], None]]:
     def undo() -> None:
         for tensor, value in zip(state, kept, strict=True):
             tensor.copy_(value)
+        step.copies.refresh()
 
+    step.copies.refresh()
     try:
         yield undo
     finally:
-        step.optimizer.zero_grad()
+        step.zero_grad()
         undo()
 
 

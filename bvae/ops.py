@@ -1,4 +1,4 @@
-"""The fused operations, on CPU and CUDA: sampling with KL, the balanced loss with gamma2, the batch gather.
+"""The fused operations, on CPU and CUDA: sampling with KL, the balanced loss with gamma2, the batch gather, Adam.
 
 Each function runs the compiled extension, or its plain twin in bvae.reference where the extension is not there
 (`EXTENSION_ERROR` then says why). docs/ops.md is the contract. On CUDA none of them synchronises with the host, and
@@ -9,6 +9,7 @@ Autoencoders", IEEE Access 8, 2020 (arXiv 2002.07514).
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ __all__ = [
     "BalancedLossOut",
     "SampleKL",
     "adam",
+    "all_finite",
     "balanced_loss",
     "batch_norm_relu",
     "gather",
@@ -29,7 +31,6 @@ __all__ = [
     "philox_normal",
     "philox_words",
     "sample_kl",
-    "square_sum",
     "update_gamma2",
 ]
 
@@ -40,9 +41,6 @@ if EXTENSION_ERROR is not None:
     )
 
 _raw = torch.ops.bvae
-# An extension built before these were there still serves for the rest.
-FUSED_CPU_TRAINING = EXTENSION_ERROR is None and hasattr(_raw, "batch_norm_relu") and hasattr(_raw, "adam")
-"""whether batch_norm_relu and Adam with bf16 copies are there, for a CPU"""
 
 
 # ---- double backward ------------------------------------------------------------------------------------------------
@@ -312,7 +310,7 @@ def batch_norm_relu(
         y, like x.
     """
     if (
-        FUSED_CPU_TRAINING
+        EXTENSION_ERROR is None
         and x.is_cpu
         and x.numel() > 0
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -323,37 +321,62 @@ def batch_norm_relu(
     return reference.batch_norm_relu(x, weight, bias, running_mean, running_var, momentum, eps)
 
 
-# ---- Adam on the CPU ------------------------------------------------------------------------------------------------
+# ---- Adam -----------------------------------------------------------------------------------------------------------
 
 
-def square_sum(t: Tensor) -> Tensor:
-    """Sum of squares of a dense tensor on the CPU, a float64 scalar; squares and short sums are taken in float32."""
-    return _raw.square_sum(t)
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether every element is finite, and so is its square in float32: a bool scalar on the device.
+
+    That is, whether |x| < 2^64. Adam keeps running means of squares, which one infinite square would spoil for good.
+
+    Args:
+        tensors: at least one, all on one device, float32, bfloat16 or float16, of any strides and sizes.
+
+    Raises:
+        RuntimeError: no tensor, other dtypes, several devices; CUDA tensors with a build without CUDA kernels.
+    """
+    if EXTENSION_ERROR is not None:
+        return reference.all_finite(tensors)
+    return _raw.all_finite(tensors)
 
 
+@torch.no_grad()
 def adam(
-    parameter: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    half: Tensor | None,
+    parameters: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    halves: Sequence[Tensor | None],
+    steps: Tensor,
+    good: Tensor,
+    lr: Tensor,
     *,
-    step: float,
-    lr: float,
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """One step of Adam (Kingma & Ba 2015) in place, on the CPU, as torch.optim.Adam takes it, with the extension only.
+    """One step of Adam on all parameters, in place, in one pass over memory. Where `good` is false it changes nothing.
+
+        m <- beta1 m + (1 - beta1) g        v <- beta2 v + (1 - beta2) g^2        t <- t + 1
+        p <- p - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
+
+    D. P. Kingma, J. Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, as torch.optim.Adam computes it.
 
     Args:
-        parameter, exp_avg, exp_avg_sq: float32, dense, of one layout.
-        grad: float32, bfloat16 or float16, of the parameter's shape; where its layout is another it is copied.
-        half: bfloat16 in the parameter's layout, to become its copy.
-        step: counted from 1.
+        parameters, exp_avgs (m), exp_avg_sqs (v): n each, float32, dense; those of a parameter in its layout.
+        grads: n, float32, bfloat16 or float16, each of its parameter's shape; one in another layout is copied first. A
+            parameter whose gradient is None stays as it is, with its moments and step count.
+        halves: n, bfloat16 in the parameters' layout, to become copies of them, or None.
+        steps: float32 [n], steps taken (t). good: bool scalar. lr: float32 scalar.
+
+    Raises:
+        RuntimeError: lengths, shapes, layouts, dtypes or devices that do not fit; CUDA tensors with a build without
+            CUDA kernels.
     """
-    if grad.stride() != parameter.stride():
-        grad = torch.empty_like(parameter, dtype=grad.dtype).copy_(grad)
-    _raw.adam(parameter, grad, exp_avg, exp_avg_sq, half, step, lr, *betas, eps)
+    if EXTENSION_ERROR is not None:
+        return reference.adam(parameters, grads, exp_avgs, exp_avg_sqs, halves, steps, good, lr, betas=betas, eps=eps)
+    halved = [i for i, half in enumerate(halves) if half is not None]
+    copies = [half for half in halves if half is not None]
+    return _raw.adam(parameters, grads, exp_avgs, exp_avg_sqs, copies, halved, steps, good, lr, *betas, eps)
 
 
 # ---- shapes without data, for torch.compile -------------------------------------------------------------------------
@@ -429,3 +452,5 @@ if EXTENSION_ERROR is None:
     torch.library.register_fake("bvae::balanced_loss_backward", _fake_balanced_loss_backward)
     torch.library.register_fake("bvae::update_gamma2", lambda *args: None)
     torch.library.register_fake("bvae::gather", _fake_gather)
+    torch.library.register_fake("bvae::all_finite", lambda tensors: tensors[0].new_empty((), dtype=torch.bool))
+    torch.library.register_fake("bvae::adam", lambda *args: None)

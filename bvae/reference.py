@@ -6,6 +6,7 @@ IEEE Access 8, 2020 (arXiv 2002.07514). Noise: Philox4x32-10 of Salmon et al., S
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -232,3 +233,44 @@ def gather(
     # Division in float32 and one rounding to dtype, as the extension does.
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return (rows.to(wide) / 255).to(dtype), rows
+
+
+# ---- Adam -----------------------------------------------------------------------------------------------------------
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether |x| < 2^64 for every element. See `bvae.ops.all_finite`."""
+    return torch.stack([(t.float().abs() < 2.0**64).all() for t in tensors]).all()
+
+
+@torch.no_grad()
+def adam(
+    parameters: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    halves: Sequence[Tensor | None],
+    steps: Tensor,
+    good: Tensor,
+    lr: Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """One step of Adam on all parameters. See `bvae.ops.adam`."""
+    beta1, beta2 = betas
+    steps += torch.stack([good if grad is not None else torch.zeros_like(good) for grad in grads])
+    t = steps.double()
+    step_sizes = (lr.double() / (1 - beta1**t)).to(lr.dtype)
+    inverses = (1 - beta2**t).rsqrt().to(lr.dtype)
+    for i, (p, grad, m, v, half) in enumerate(zip(parameters, grads, exp_avgs, exp_avg_sqs, halves, strict=True)):
+        if grad is None:
+            continue
+        g = grad.to(p.dtype)
+        next_m = beta1 * m + (1 - beta1) * g
+        next_v = beta2 * v + (1 - beta2) * g * g
+        next_p = p - step_sizes[i] * next_m / (next_v.sqrt() * inverses[i] + eps)
+        for old, new in ((m, next_m), (v, next_v), (p, next_p)):
+            old.copy_(torch.where(good, new, old))
+        if half is not None:
+            half.copy_(torch.where(good, p, half))

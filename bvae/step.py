@@ -101,20 +101,15 @@ class Step:
         self.parameters = [*model.parameters(), *loss.parameters()]
         # A tensor, so that a captured step follows the schedule.
         self.lr = torch.zeros((), device=rng.device)
-        self.optimizer = torch.optim.Adam(
-            self.parameters, self.lr, BETAS, EPS, fused=True, capturable=rng.device.type == "cuda"
+        self.exp_avg, self.exp_avg_sq = (
+            [torch.zeros_like(p, memory_format=torch.preserve_format) for p in self.parameters] for _ in range(2)
         )
-        # torch's warning that a capturable optimiser runs uncaptured, which it does on purpose here at times.
-        self.optimizer._warned_capturable_if_run_uncaptured = True
-        for p in self.parameters:  # what Adam would make at its first step: a captured step must find it in place
-            like = torch.zeros_like(p, memory_format=torch.preserve_format, requires_grad=False)
-            step = torch.zeros((), device=p.device)
-            self.optimizer.state[p] = {"step": step, "exp_avg": like, "exp_avg_sq": like.clone()}
+        self.steps = torch.zeros(len(self.parameters), device=rng.device)
         self.statistics = flatten_statistics(model)
-        # torch's Adam takes gradients of the parameters' own type only, and its gate costs another pass over them.
-        self.halves = amp and rng.device.type == "cpu" and world.size == 1 and ops.FUSED_CPU_TRAINING
+        # Ranks exchange gradients in float32, and what is penalised has a second gradient, in float32.
         penalised = {id(w) for w in l2_kernels}
-        self.copies = Copies([p for p in halved_weights(model) if id(p) not in penalised] if self.halves else [])
+        halved = halved_weights(model) if amp and world.size == 1 else []
+        self.copies = Copies([p for p in halved if id(p) not in penalised])
         self.objective = self._objective
         self.sums = Sums(latents, rng.device)
 
@@ -127,15 +122,14 @@ class Step:
         if self.world.size > 1:
             loss, total, moments = self._exchange(loss, total, moments)
 
-        # An infinite or NaN gradient makes the norm so: the whole step is then undone, on the device.
-        if self.halves:
-            good = self._fused_adam(total)
-        else:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-            good = norm.isfinite() & total.isfinite()
-            # What torch's own GradScaler sets: the fused kernels then leave parameters and moments alone.
-            self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
-            self.optimizer.step()
+        # What is not finite undoes the whole step, on the device.
+        halves = [self.copies.of.get(p) for p in self.parameters]
+        gradients = [p.grad if half is None else half.grad for p, half in zip(self.parameters, halves, strict=True)]
+        good = ops.all_finite([total, *(gradient for gradient in gradients if gradient is not None)])
+        ops.adam(
+            self.parameters, gradients, self.exp_avg, self.exp_avg_sq, halves, self.steps, good, self.lr,
+            betas=BETAS, eps=EPS,
+        )  # fmt: skip
         for tensor, value in before:
             tensor.copy_(torch.where(good, tensor, value))
         self.sums.add(loss, moments, good)
@@ -151,7 +145,7 @@ class Step:
     def _gradients(self, x: Tensor, target: Tensor) -> tuple[Tensor, Loss, Tensor]:
         with self.copies:
             total, loss, moments = self.objective(x, target)
-        self._zero_grad()
+        self.zero_grad()
         total.backward()
         return total.detach(), loss, moments
 
@@ -173,30 +167,9 @@ class Step:
             return _reason(error)
         return None
 
-    def _zero_grad(self) -> None:
-        self.optimizer.zero_grad()
-        self.copies.zero_grad()
-
-    @torch.no_grad()
-    def _fused_adam(self, total: Tensor) -> Tensor:
-        """Adam where bf16 copies of the weights have the gradients; returns whether the step was finite."""
-        gradients = []
-        for p in self.parameters:
-            half = self.copies.of.get(p)
-            gradient = p.grad if half is None else half.grad
-            if gradient is not None:
-                gradients.append((p, half, gradient))
-        norm2 = torch.stack([ops.square_sum(gradient) for _, _, gradient in gradients]).sum()
-        good = norm2.isfinite() & total.isfinite()
-        if good:
-            lr = self.lr.item()
-            for p, half, gradient in gradients:
-                state = self.optimizer.state[p]
-                state["step"] += 1
-                step = state["step"].item()
-                moments = state["exp_avg"], state["exp_avg_sq"]
-                ops.adam(p, gradient, *moments, half, step=step, lr=lr, betas=BETAS, eps=EPS)
-        return good
+    def zero_grad(self) -> None:
+        for p in (*self.parameters, *self.copies.of.values()):
+            p.grad = None
 
     def _exchange(self, loss: Loss, total: Tensor, moments: Tensor) -> tuple[Loss, Tensor, Tensor]:
         """Makes gradients, statistics and gamma2 those of the whole batch, in one all-reduce; returns its figures.
@@ -220,10 +193,13 @@ class Step:
     def tensors(self) -> dict[str, Tensor]:
         """The state beside the model: optimiser, loss, noise and sums; fixed names, whatever the step."""
         state = {"rng": self.rng, **prefixed(self.sums.tensors(), "sums"), **prefixed(self.loss.state_dict(), "loss")}
-        for i, p in enumerate(self.parameters):
-            for name, t in self.optimizer.state[p].items():
-                state[f"adam.{i}.{name}"] = t
+        for i in range(len(self.parameters)):
+            state |= prefixed(self._adam(i), f"adam.{i}")
         return state
+
+    def _adam(self, i: int) -> dict[str, Tensor]:
+        """Adam's state of parameter i."""
+        return {"step": self.steps[i], "exp_avg": self.exp_avg[i], "exp_avg_sq": self.exp_avg_sq[i]}
 
     def load_tensors(self, state: dict[str, Tensor]) -> None:
         """Takes over what tensors() gave. Raises KeyError or RuntimeError where it does not fit."""
@@ -233,7 +209,7 @@ class Step:
             t.copy_(state[f"sums.{name}"])
         for i, p in enumerate(self.parameters):
             saved = under(state, f"adam.{i}")
-            for name, t in self.optimizer.state[p].items():
+            for name, t in self._adam(i).items():
                 if not saved:  # a state from before the first step may have none
                     t.zero_()
                 elif saved[name].shape != t.shape:

@@ -3,7 +3,7 @@
 // the work over threads; none allocates.
 #pragma once
 
-#include "common.h"
+#include "adam.h"
 
 namespace bvae {
 
@@ -50,12 +50,11 @@ struct CpuLoops {
                           const float* bias, const float* slope, const float* constant, void* grad_x, int64_t channels,
                           int64_t begin, int64_t end);
 
-  // Sum of squares of the elements [begin, end).
-  double (*square_sum)(DType type, const void* data, int64_t begin, int64_t end);
-  // Adam on the elements [begin, end): step_size = lr / (1 - beta1^t), inverse = 1 / sqrt(1 - beta2^t). `half`, if not
-  // null, is a bf16 copy of the parameters.
-  void (*adam)(DType type, const void* grad, float* parameter, float* exp_avg, float* exp_avg_sq, uint16_t* half,
-               double beta1, double beta2, float step_size, float inverse, float eps, int64_t begin, int64_t end);
+  // The largest magnitude (see adam.h) of the elements [begin, end); 0 of none.
+  int32_t (*largest_magnitude)(DType type, const void* data, int64_t begin, int64_t end);
+  // Adam on the elements [begin, end). `half`, if not null, becomes a bf16 copy of the parameters.
+  void (*adam)(AdamFactors factors, AdamCorrections corrections, DType type, const void* grad, float* parameter,
+               float* exp_avg, float* exp_avg_sq, uint16_t* half, int64_t begin, int64_t end);
 };
 
 const CpuLoops& cpu_loops();

@@ -526,34 +526,30 @@ void scale_relu_grad(DType type, const void* grad, const void* x, const float* m
 
 // ---- Adam ----------------------------------------------------------------------------------------------------------
 
-double square_sum(DType type, const void* data, int64_t begin, int64_t end) {
+int32_t largest_magnitude(DType type, const void* data, int64_t begin, int64_t end) {
   alignas(64) float buffer[kBlock];
-  LaneSum<float> sum;
+  int32_t largest = 0;
   for (int64_t b = begin; b < end; b += kBlock) {
     const int n = static_cast<int>(end - b < kBlock ? end - b : kBlock);
     const float* __restrict v = load<float>(type, data, b, n, buffer);
-    sum.block(n, [v](int64_t i, float lane) { return add_square(v[i], lane); });
+    for (int i = 0; i < n; ++i) {
+      const int32_t next = magnitude(v[i]);
+      largest = next > largest ? next : largest;
+    }
   }
-  return sum.total();
+  return largest;
 }
 
-void adam(DType type, const void* grad, float* parameter, float* exp_avg, float* exp_avg_sq, uint16_t* half,
-          double beta1, double beta2, float step_size, float inverse, float eps, int64_t begin, int64_t end) {
+void adam(AdamFactors factors, AdamCorrections corrections, DType type, const void* grad, float* parameter,
+          float* exp_avg, float* exp_avg_sq, uint16_t* half, int64_t begin, int64_t end) {
   alignas(64) float buffer[kBlock];
-  // 1 - beta in double: 0.999 rounded to float would put an error of 5e-5 into it.
-  const float old1 = static_cast<float>(beta1), new1 = static_cast<float>(1.0 - beta1);
-  const float old2 = static_cast<float>(beta2), new2 = static_cast<float>(1.0 - beta2);
   for (int64_t b = begin; b < end; b += kBlock) {
     const int n = static_cast<int>(end - b < kBlock ? end - b : kBlock);
     const float* __restrict g = load<float>(type, grad, b, n, buffer);
     float* __restrict p = parameter + b;
     float* __restrict m = exp_avg + b;
     float* __restrict v = exp_avg_sq + b;
-    for (int i = 0; i < n; ++i) {
-      m[i] = old1 * m[i] + new1 * g[i];
-      v[i] = old2 * v[i] + new2 * g[i] * g[i];
-      p[i] -= step_size * m[i] / (__builtin_sqrtf(v[i]) * inverse + eps);
-    }
+    for (int i = 0; i < n; ++i) adam_element(factors, corrections, g[i], &p[i], &m[i], &v[i]);
     if (half != nullptr) {
       uint16_t* __restrict h = half + b;
       for (int i = 0; i < n; ++i) h[i] = bf16_from_float(p[i]);
@@ -566,4 +562,4 @@ void adam(DType type, const void* grad, float* parameter, float* exp_avg, float*
 
 #define BVAE_CPU_LOOPS(table) \
   extern const ::bvae::CpuLoops table = {BVAE_CPU_NAME, sse, sse_grad, sample, sample_grad, noise, gather, \
-                                           widen, moments, scale_relu, gradient_moments, scale_relu_grad, square_sum, adam}
+                                           widen, moments, scale_relu, gradient_moments, scale_relu_grad, largest_magnitude, adam}

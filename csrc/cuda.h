@@ -2,7 +2,7 @@
 // pointers, a device index and a stream, never synchronises, and returns the cudaError_t of its launch as an int.
 #pragma once
 
-#include "common.h"
+#include "adam.h"
 
 namespace bvae {
 
@@ -93,5 +93,34 @@ struct GatherArgs {
   int64_t images, batch, height, width, channels;
 };
 int cuda_gather(const GatherArgs& args, Launch launch);
+
+struct Elements {
+  DType type;  // not f64
+  const void* data;
+  int64_t numel;
+};
+// Writes whether all elements are below 2^64 in size.
+int cuda_all_finite(const Elements* tensors, int64_t count, bool* finite, Launch launch);
+
+struct AdamTensor {
+  DType type;  // of grad, not f64
+  const void* grad;
+  float *parameter, *exp_avg, *exp_avg_sq;
+  uint16_t* half;  // bf16, or null
+  int64_t numel;
+  int slot;                     // its place in `steps`
+  AdamCorrections corrections;  // on the CPU; kernels read them from AdamArgs
+};
+struct AdamArgs {
+  const AdamTensor* tensors;  // on the host, and read before the launcher returns
+  int64_t count;
+  float* steps;
+  const bool* good;
+  const float* lr;
+  double beta1, beta2;
+  AdamFactors factors;
+  AdamCorrections* corrections;  // [count], scratch memory
+};
+int cuda_adam(const AdamArgs& args, Launch launch);
 
 }  // namespace bvae

@@ -163,7 +163,7 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T, n>& pack, int64_t
 }
 
 template <class T, int n>
-bool aligned(const void* p) {
+__host__ __device__ bool aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % alignof(Pack<T, n>) == 0;
 }
 

@@ -25,16 +25,17 @@ STABLE_TORCH_LIBRARY(bvae, m) {
       "update_gamma2(Tensor(a!) gamma2, Tensor(b!) skipped, Tensor sse, Tensor count, float decay, float floor) "
       "-> ()");
   m.def("gather(Tensor data, Tensor index, Tensor? flip, ScalarType dtype) -> (Tensor x, Tensor rows)");
+  m.def("all_finite(Tensor[] tensors) -> Tensor");
+  m.def(
+      "adam(Tensor(a!)[] parameters, Tensor?[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] halves, int[] halved, Tensor(e!) steps, Tensor good, Tensor lr, float beta1, float beta2, "
+      "float eps) -> ()");
   m.def(
       "batch_norm_relu(Tensor x, Tensor weight, Tensor bias, Tensor(a!) running_mean, Tensor(b!) running_var, "
       "float momentum, float eps) -> (Tensor y, Tensor mean, Tensor invstd)");
   m.def(
       "batch_norm_relu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor invstd) "
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
-  m.def("square_sum(Tensor t) -> Tensor");
-  m.def(
-      "adam(Tensor(a!) parameter, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? half, "
-      "float step, float lr, float beta1, float beta2, float eps) -> ()");
 }
 
 // One function serves both devices. It is registered for CUDA in a CPU-only build too, where it names the remedy.
@@ -47,14 +48,14 @@ static void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("balanced_loss_backward", TORCH_BOX(&bvae::balanced_loss_backward));
   m.impl("update_gamma2", TORCH_BOX(&bvae::update_gamma2));
   m.impl("gather", TORCH_BOX(&bvae::gather));
+  m.impl("all_finite", TORCH_BOX(&bvae::all_finite));
+  m.impl("adam", TORCH_BOX(&bvae::adam));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bvae, CPU, m) {
   register_kernels(m);
   m.impl("batch_norm_relu", TORCH_BOX(&bvae::batch_norm_relu));
   m.impl("batch_norm_relu_backward", TORCH_BOX(&bvae::batch_norm_relu_backward));
-  m.impl("square_sum", TORCH_BOX(&bvae::square_sum));
-  m.impl("adam", TORCH_BOX(&bvae::adam));
 }
 STABLE_TORCH_LIBRARY_IMPL(bvae, CUDA, m) { register_kernels(m); }
 

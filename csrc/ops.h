@@ -27,6 +27,13 @@ void update_gamma2(Tensor gamma2, Tensor skipped, const Tensor& sse, const Tenso
 std::tuple<Tensor, Tensor> gather(const Tensor& data, const Tensor& index, const std::optional<Tensor>& flip,
                                   ScalarType dtype);
 
+Tensor all_finite(const std::vector<Tensor>& tensors);
+// halves[j] is the copy of parameters[halved[j]]: for what an op writes, torch.compile takes no list with gaps.
+void adam(const std::vector<Tensor>& parameters, const std::vector<std::optional<Tensor>>& grads,
+          const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
+          const std::vector<Tensor>& halves, const std::vector<int64_t>& halved, Tensor steps, const Tensor& good,
+          const Tensor& lr, double beta1, double beta2, double eps);
+
 // On the CPU only.
 std::tuple<Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& x, const Tensor& weight, const Tensor& bias,
                                                    Tensor running_mean, Tensor running_var, double momentum,
@@ -34,9 +41,5 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& x, const Tensor
 std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
                                                             const Tensor& bias, const Tensor& mean,
                                                             const Tensor& invstd);
-
-Tensor square_sum(const Tensor& t);
-void adam(Tensor parameter, const Tensor& grad, Tensor exp_avg, Tensor exp_avg_sq, std::optional<Tensor> half,
-          double step, double lr, double beta1, double beta2, double eps);
 
 }  // namespace bvae

@@ -68,6 +68,8 @@ inline int32_t type_code(ScalarType t) {
       return aoti_torch_dtype_int64();
     case ScalarType::Byte:
       return aoti_torch_dtype_uint8();
+    case ScalarType::Bool:
+      return aoti_torch_dtype_bool();
     default:
       STD_TORCH_CHECK(false, "bvae: no type code for ", torch::headeronly::toString(t));
   }

@@ -17,6 +17,7 @@ from bvae.batches import ImageBatches, LatentBatches
 from bvae.config import Config
 from bvae.errors import UserError
 from bvae.graph import STEPS, Eager, Graph, make_runner
+from bvae.models.half import Copies
 from bvae.models.vae import first_stage, l2_kernels, second_stage
 from bvae.step import Step
 from bvae.train import main
@@ -104,6 +105,45 @@ def test_replays_are_the_steps_run_one_by_one(recorder, stage):
     for runner in runners:
         run(runner, 5)
     same(everything(*eager), everything(*replayed))
+
+
+def record_as_cuda_does(monkeypatch, step):
+    """Lets Graph work on the CPU, where a replay looks after no copies: that is Python's, which only records run."""
+
+    def record(program):
+        versions = [p._version for p in step.copies.of]
+        assert versions == step.copies._versions, "or every replay would copy all weights"
+
+        def replay():
+            with monkeypatch.context() as patch:
+                patch.setattr(Copies, "refresh", lambda copies: None)
+                program()
+
+        return replay
+
+    monkeypatch.setattr(graph, "_recording", lambda: contextlib.nullcontext(record))
+
+
+@pytest.mark.parametrize("warm_up", [0, 3])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_replays_compute_with_the_weights_there_are(monkeypatch, stage, warm_up):
+    """The bf16 copies of the weights: after other weights were loaded, before the graph is made and between replays."""
+    monkeypatch.setattr(graph, "WARM_UP", warm_up)
+    eager, replayed = make(stage, amp=True), make(stage, amp=True)
+    assert replayed[1].copies.of
+    record_as_cuda_does(monkeypatch, replayed[1])
+    runners = Eager(*eager, ""), None
+    for seed in range(2):
+        torch.manual_seed(seed)
+        other = (first_stage if stage == 1 else second_stage)(CONFIG).state_dict()
+        for _, step in (eager, replayed):
+            step.model.load_state_dict(other)
+        runners = runners[0], runners[1] or Graph(*replayed)
+        for runner in runners:
+            run(runner, 5)
+        same(everything(*eager), everything(*replayed))
+        for p, half in replayed[1].copies.of.items():
+            assert torch.equal(half, p.bfloat16())
 
 
 def test_at_an_epochs_last_batch_a_graph_can_still_be_made(recorder):
@@ -243,8 +283,9 @@ def deterministic():
 @pytest.mark.gpu
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("balance", ["computed", "learned", "fixed"])
-def test_graph_and_eager_agree_to_the_bit(deterministic, stage, balance):
-    eager, replayed = (make(stage, balance, "cuda") for _ in range(2))
+@pytest.mark.parametrize("amp", [False, True])
+def test_graph_and_eager_agree_to_the_bit(deterministic, stage, balance, amp):
+    eager, replayed = (make(stage, balance, "cuda", amp=amp) for _ in range(2))
     run(Eager(*eager, ""), 11)
     runner = make_runner(*replayed, wanted=True)
     assert runner.why_eager is None

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from ops_samples import DTYPES, TOLERANCE, loss_samples, posterior_samples
 from torch.library import opcheck
 
-from bvae import ops, reference
+from bvae import _extension, ops, reference
 
 
 def close(actual, expected, dtype, what, scale=None):
@@ -536,7 +537,7 @@ FALLBACK = """
 import warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    from bvae import ops, reference
+    from bvae import _extension, ops, reference
     import torch
     mu = torch.zeros(2, 3, requires_grad=True)
     z, kl, m = ops.sample_kl(mu, mu, ops.make_rng(0))
@@ -556,6 +557,13 @@ def test_twin_takes_over_without_the_extension():
     run = subprocess.run([sys.executable, "-c", FALLBACK], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("BVAE_DISABLE_EXTENSION=1 1 bvae runs its ops as plain PyTorch")
+
+
+@pytest.mark.usefixtures("needs_extension")
+def test_an_extension_of_older_sources_is_not_used(monkeypatch):
+    assert _extension.load() is None
+    monkeypatch.setattr(torch.ops, "bvae", types.SimpleNamespace(sample_kl=None))
+    assert "older sources" in _extension.load()
 
 
 # ---- GPU only -------------------------------------------------------------------------------------------------------

@@ -176,6 +176,50 @@ def gather_case(batch: int, side: int, images: int, type_name: str, size: str, d
     return Case("gather", f"{size} {batch}x3x{side}x{side}", type_name, moved, make)
 
 
+def adam_case(width: int, layers: int, type_name: str, size: str, device: torch.device) -> Case:
+    """Dense layers with gradients in the type; weights with gradients in bf16 have bf16 copies, for the next step."""
+    dtype = TYPES[type_name]
+    shapes = [(width, width), (width,)] * layers
+
+    def state() -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
+        torch.manual_seed(0)
+        parameters = [torch.randn(shape, device=device) for shape in shapes]
+        grads = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+        return parameters, grads, [p.bfloat16() if dtype == torch.bfloat16 else None for p in parameters]
+
+    def of(function: Callable) -> Call:
+        parameters, grads, halves = state()
+        moments = [[torch.zeros_like(p) for p in parameters] for _ in range(2)]
+        steps, good = torch.zeros(len(shapes), device=device), torch.ones((), dtype=torch.bool, device=device)
+        rate = torch.full((), 1e-4, device=device)
+        return lambda: function(
+            parameters, grads, *moments, halves, steps, good, rate, betas=(0.9, 0.999), eps=1e-8
+        )  # fmt: skip
+
+    def plain() -> Call:
+        """As under autocast, which casts gradients back and weights again."""
+        parameters, grads, halves = state()
+        optimizer = torch.optim.Adam(parameters, lr=1e-4, fused=True, capturable=device.type == "cuda")
+
+        def call() -> None:
+            for p, grad in zip(parameters, grads, strict=True):
+                p.grad = grad.float()
+            optimizer.step()
+            for p, half in zip(parameters, halves, strict=True):
+                if half is not None:
+                    half.copy_(p)
+
+        return call
+
+    moved = layers * (width * width + width) * (6 * 4 + dtype.itemsize + 2 * (dtype == torch.bfloat16))
+    make: dict[str, Callable[[], Call]] = {
+        "fused": lambda: of(ops.adam),
+        "eager": plain,
+        "compiled": lambda: of(compiled(reference.adam)),
+    }
+    return Case("adam", f"{size} {layers}x{width}x{width}", type_name, moved, make)
+
+
 def all_cases(elements: int, device: torch.device) -> list[Case]:
     large, k = max(1, elements // 3072), 64
     cases = sample_cases(100, k, "paper", device) + sample_cases(max(1, elements // k // 4), k, "large", device)
@@ -184,6 +228,7 @@ def all_cases(elements: int, device: torch.device) -> list[Case]:
         cases += loss_cases(large, 32, type_name, "large", device)
         cases.append(gather_case(100, 32, max(100, min(50_000, 8 * large)), type_name, "CIFAR-10", device))
         cases.append(gather_case(large, 32, large, type_name, "large", device))
+        cases.append(adam_case(1024, min(16, -(-elements // 2**20)), type_name, "stage 2", device))
     return cases
 
 

@@ -34,18 +34,27 @@ class Linear(Halved, nn.Linear):
 class Copies:
     """bf16 copies of weights, which their layers compute with inside `with`, and nowhere else.
 
-    Whoever moves a weight through a raw pointer moves its copy too; other changes are noticed at the next `with`.
+    ops.adam moves weights and copies alike. `refresh` notices other changes, and `with` begins with it. A CUDA graph
+    runs no Python: `refresh` must come before it is recorded, or every replay would refresh, and before every replay.
     """
 
     def __init__(self, weights: list[nn.Parameter]) -> None:
         self.of: dict[nn.Parameter, Tensor] = {p: p.detach().to(torch.bfloat16).requires_grad_() for p in weights}
-        self._versions = {p: p._version for p in weights}
+        self._versions = [p._version for p in weights]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Makes the copies those of the weights, where somebody has changed these: loaded others, put old ones back."""
+        versions = [p._version for p in self.of]
+        if versions != self._versions:
+            for (p, half), version, known in zip(self.of.items(), versions, self._versions, strict=True):
+                if version != known:
+                    half.copy_(p)
+            self._versions = versions
 
     def __enter__(self) -> Self:
+        self.refresh()
         for p, half in self.of.items():
-            if self._versions[p] != p._version:  # somebody loaded other weights
-                half.data.copy_(p)
-                self._versions[p] = p._version
             p.bf16_copy = half  # type: ignore[attr-defined]
         return self
 
@@ -54,7 +63,3 @@ class Copies:
     ) -> None:
         for p in self.of:
             del p.bf16_copy  # type: ignore[attr-defined]
-
-    def zero_grad(self) -> None:
-        for half in self.of.values():
-            half.grad = None
