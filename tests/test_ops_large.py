@@ -15,7 +15,7 @@ def test_sampling(device, batch, k, dtype):
     inputs = [(torch.randn(batch, k, generator=g) - shift).to(dtype) for shift in (0, 1)]
     found = []
     for module, type, on in ((ops, dtype, device), (reference, torch.float64, "cpu")):
-        mu, log_sigma = (t.to(on, type).requires_grad_() for t in inputs)
+        mu, log_sigma = (t.to(on, type).detach().requires_grad_() for t in inputs)
         rng = ops.make_rng(3, on)
         z, kl, moments = module.sample_kl(mu, log_sigma, rng)
         (kl * 0.5 + z.to(torch.promote_types(type, torch.float32)).sum()).backward()
@@ -38,7 +38,7 @@ def test_loss(device, numel, start, dtype):
     target = torch.randint(256, (numel + start,), generator=g, dtype=torch.uint8)
     found = []
     for module, type, on in ((ops, dtype, device), (reference, torch.float64, "cpu")):
-        r = recon.to(on, type)[start:].requires_grad_()
+        r = recon.to(on, type)[start:].detach().requires_grad_()
         gamma2, skipped = torch.ones((), device=on), torch.zeros((), dtype=torch.int64, device=on)
         kl = torch.ones((), dtype=reference.sum_dtype(type), device=on)
         out = module.balanced_loss(r, target.to(on)[start:], kl, gamma2, skipped, logits=True, update=True)

@@ -76,7 +76,7 @@ auto kernel(const char* name, void (*function)(P...), const Config& config) {
   return [=](std::type_identity_t<P>... args) { launch(name, config, [&] { function(args...); }); };
 }
 
-// The running block's memory for one declaration, which `key` stands for. It starts out as all ones: a NaN, a huge count.
+// The running block's memory for one declaration, which `key` stands for. At first every bit is set: NaNs, huge counts.
 void* shared_memory(const void* key, size_t bytes);
 
 template <class T>

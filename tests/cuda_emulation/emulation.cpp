@@ -1,10 +1,11 @@
-// Runs a kernel's grid on one CPU thread: every CUDA thread is a fiber that gives way only where it waits for others, at
-// a barrier or a shuffle. Which warp runs next is a matter of priorities, so that a seed makes any interleaving of the
-// warps and blocks between two waits. What on a GPU is undefined ends the process with a message.
+// Runs a kernel's grid on one CPU thread. Every CUDA thread is a fiber that gives way only where it waits for others,
+// at a barrier or a shuffle. Of the warps that can go on, in a few blocks at a time, the one of the highest priority does:
+// random priorities make orders that a GPU may make and seldom does (Burckhardt et al., "A randomized scheduler with
+// probabilistic guarantees of finding bugs", ASPLOS 2010). What is undefined on a GPU ends the process with a message.
 //
 //   CUDA_EMULATION_MULTIPROCESSORS   what the device says it has; the launchers size their grids to it
-//   CUDA_EMULATION_ORDER             forward: one block, warp and thread after the other; reverse; or a seed, from which
-//                                    every launch draws another order of everything
+//   CUDA_EMULATION_ORDER             forward: one block, warp, thread after the other; reverse; or a seed, from which
+//                                    every launch draws priorities and orders of its own
 #include "cuda_runtime.h"
 
 #include <sys/mman.h>
@@ -140,10 +141,7 @@ std::mutex one_launch;
 cudaError_t last_error = cudaSuccess;
 std::map<std::string, std::pair<int64_t, int64_t>> counts;  // launches and most blocks of each kernel
 
-std::vector<std::unique_ptr<Stack>>& stacks() {  // of threads that have ended; for ever: the process may end in a kernel
-  static auto* all = new std::vector<std::unique_ptr<Stack>>;
-  return *all;
-}
+std::vector<std::unique_ptr<Stack>> stacks;  // of threads that have ended
 
 std::string place(const Where& where) { return std::string(where.file_name()) + ":" + std::to_string(where.line()); }
 
@@ -176,7 +174,7 @@ void run(Block& b, Thread& t) {
   switch_to(scheduler, t.context);
   block = nullptr;
   thread = nullptr;
-  if (t.state == State::ended) stacks().push_back(std::move(t.stack));
+  if (t.state == State::ended) stacks.push_back(std::move(t.stack));
 }
 
 // ---- orders ---------------------------------------------------------------------------------------------------------
@@ -198,7 +196,7 @@ struct Order {
     if (kind == random) std::shuffle(items.begin(), items.end(), draw);
   }
 
-  // Of the warps of the n-th block that starts, and of a block behind a barrier. The largest runs first.
+  // For the warps of the n-th block to start, then again behind each barrier. The largest runs first.
   void set_priorities(Block& b, int64_t n) {
     for (size_t w = 0; w < b.warps.size(); ++w) {
       const uint64_t last = ~static_cast<uint64_t>(n) << 10;
@@ -214,6 +212,7 @@ Order& order() {
 
 // ---- waiting --------------------------------------------------------------------------------------------------------
 
+// Whether two waits are one in the source, what a barrier or shuffle needs.
 bool same_place(const Wait& a, const Wait& b) {
   return a.what == b.what && a.where.line() == b.where.line() &&
          std::strcmp(a.where.file_name(), b.where.file_name()) == 0;
@@ -230,35 +229,26 @@ void finish_exchanges(Block& b, Warp& warp) {
     if (first->state != State::at_exchange) continue;
     const Wait wait = first->wait;
     std::vector<Thread*> members;
-    bool all = true;
+    bool all = true;  // are there
     for (int i = 0; i < kWarp; ++i) {
       if ((wait.mask >> i & 1u) == 0) continue;
-      if (i >= static_cast<int>(warp.lanes.size())) stop(state_of(b, *first) + ", whose mask names lanes that the block does not have");
+      if (i >= static_cast<int>(warp.lanes.size())) {
+        stop(state_of(b, *first) + ", whose mask names lanes that the block does not have");
+      }
       Thread* t = warp.lanes[i];
       all = all && t->state == State::at_exchange && t->wait.mask == wait.mask && same_place(t->wait, wait);
       members.push_back(t);
     }
     if (!all) continue;
-    std::vector<uint64_t> values(kWarp);
+    uint64_t values[kWarp] = {};
     for (const Thread* t : members) std::memcpy(&values[t->lane], t->wait.value, t->wait.bytes);
     for (Thread* t : members) {
-      if ((wait.mask >> t->wait.source & 1u) == 0) stop(state_of(b, *t) + ", and takes the value of a lane that its mask does not name");
+      if ((wait.mask >> t->wait.source & 1u) == 0) {
+        stop(state_of(b, *t) + ", and reads a lane that its mask does not name");
+      }
       std::memcpy(t->wait.value, &values[t->wait.source], t->wait.bytes);
       t->state = State::ready;
     }
-  }
-}
-
-// Runs a warp until each of its threads waits for another warp or has ended.
-void run_warp(Block& b, Warp& warp) {
-  std::vector<Thread*> lanes = warp.lanes;
-  order().arrange(lanes);
-  for (bool again = true; again;) {
-    for (Thread* t : lanes) {
-      if (t->state == State::ready) run(b, *t);
-    }
-    finish_exchanges(b, warp);
-    again = std::any_of(lanes.begin(), lanes.end(), [](const Thread* t) { return t->state == State::ready; });
   }
 }
 
@@ -266,17 +256,26 @@ bool is_ready(const Warp& warp) {
   return std::any_of(warp.lanes.begin(), warp.lanes.end(), [](const Thread* t) { return t->state == State::ready; });
 }
 
+// Runs a warp until each of its threads waits for another warp or has ended.
+void run_warp(Block& b, Warp& warp) {
+  std::vector<Thread*> lanes = warp.lanes;
+  order().arrange(lanes);
+  while (is_ready(warp)) {
+    for (Thread* t : lanes) {
+      if (t->state == State::ready) run(b, *t);
+    }
+    finish_exchanges(b, warp);
+  }
+}
+
 // Lets the threads go where all of the block's have reached the same barrier; true where all have ended.
 bool finish_barrier(Block& b, int64_t n) {
-  const auto count = [&](State s) {
-    return static_cast<size_t>(std::count_if(b.threads.begin(), b.threads.end(), [&](const Thread& t) { return t.state == s; }));
-  };
-  if (count(State::ended) == b.threads.size()) return true;
-  if (count(State::ready) > 0) return false;
+  if (std::any_of(b.warps.begin(), b.warps.end(), is_ready)) return false;
   const Thread* some = nullptr;
   for (const Thread& t : b.threads) {
     if (t.state != State::ended) some = &t;
   }
+  if (some == nullptr) return true;
   for (const Thread& t : b.threads) {
     if (t.state != State::at_barrier || !same_place(t.wait, some->wait)) {
       stop("threads wait for each other in vain: " + state_of(b, *some) + ", " + state_of(b, t));
@@ -299,9 +298,9 @@ std::unique_ptr<Block> make_block(uint3 index, int64_t n) {
     t.lane = static_cast<int>(i % kWarp);
     if (i % kWarp == 0) b->warps.emplace_back();
     b->warps.back().lanes.push_back(&t);
-    if (stacks().empty()) stacks().push_back(std::make_unique<Stack>());
-    t.stack = std::move(stacks().back());
-    stacks().pop_back();
+    if (stacks.empty()) stacks.push_back(std::make_unique<Stack>());
+    t.stack = std::move(stacks.back());
+    stacks.pop_back();
     prepare(t.context, t.stack->memory + kGuardBytes, kStackBytes, start);
   }
   order().set_priorities(*b, n);
@@ -335,7 +334,8 @@ void run_grid() {
       }
     }
     run_warp(*chosen->block, *warp);
-    if (finish_barrier(*chosen->block, chosen->n)) resident.erase(resident.begin() + (chosen - resident.data()));
+    if (!finish_barrier(*chosen->block, chosen->n)) continue;
+    resident.erase(resident.begin() + (chosen - resident.data()));
   }
 }
 
@@ -381,7 +381,7 @@ void exchange(unsigned int mask, void* value, size_t bytes, int source, const ch
   give_way();
 }
 
-static void* block_memory(const void* key, size_t bytes) {
+void* shared_memory(const void* key, size_t bytes) {
   auto& memory = block->shared[key];
   if (memory == nullptr) {
     block->shared_bytes += bytes;
@@ -392,14 +392,13 @@ static void* block_memory(const void* key, size_t bytes) {
   return memory.get();
 }
 
-void* shared_memory(const void* key, size_t bytes) { return block_memory(key, bytes); }
-
-void* dynamic_shared_memory() { return block_memory(nullptr, config->shared_bytes); }
+void* dynamic_shared_memory() { return shared_memory(nullptr, config->shared_bytes); }
 
 }  // namespace cuda_emulation
 
 const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : error == cudaErrorInvalidValue ? "invalid argument" : "invalid configuration argument";
+  if (error == cudaSuccess) return "no error";
+  return error == cudaErrorInvalidValue ? "invalid argument" : "invalid configuration argument";
 }
 
 cudaError_t cudaGetLastError() { return std::exchange(cuda_emulation::last_error, cudaSuccess); }
