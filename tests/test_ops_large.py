@@ -8,7 +8,7 @@ from bvae import ops, reference
 pytestmark = pytest.mark.usefixtures("needs_extension")
 
 
-@pytest.mark.parametrize(("batch", "k"), [(513, 64), (6007, 130), (40_001, 5), (3, 70_001), (200_000, 64)])
+@pytest.mark.parametrize(("batch", "k"), [(513, 64), (6007, 130), (40_001, 5), (3, 70_001), (60_000, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sampling(device, batch, k, dtype):
     g = torch.Generator().manual_seed(0)
