@@ -132,6 +132,7 @@ def run(
     paths = [str(ROOT), str(EMULATION), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ,
+        "BVAE_DISABLE_EXTENSION": "",
         "PYTHONPATH": os.pathsep.join(paths),
         "LD_PRELOAD": " ".join(library(name) for name in PRELOAD),
         # New memory is filled, so that what a kernel fails to write is not by chance what was there before.
