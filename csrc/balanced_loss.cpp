@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> balanced_loss(const Tensor& recon, co
   const void* r = p.recon.const_data_ptr();
   const void* t = p.target.const_data_ptr();
 
-  if (recon.is_cpu()) {
+  if (runs_on_cpu(recon)) {
     const int64_t chunks = (numel + kChunk - 1) / kChunk;
     std::vector<double> partial(chunks, 0.0);
     torch::stable::parallel_for(0, chunks, 2, [&](int64_t begin, int64_t end) {
@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor> balanced_loss_backward(const std::optional<Tensor>& g
   const void* t = p.target.const_data_ptr();
   void* g = grad.mutable_data_ptr();
 
-  if (recon.is_cpu()) {
+  if (runs_on_cpu(recon)) {
     const double g_loss = grad_loss.has_value() ? scalar_value(*grad_loss) : 0.0;
     const double g_sse = grad_sse.has_value() ? scalar_value(*grad_sse) : 0.0;
     const double used = *static_cast<const float*>(gamma2_used.const_data_ptr());
@@ -153,7 +153,7 @@ void update_gamma2(Tensor gamma2, Tensor skipped, const Tensor& sse, const Tenso
   check_same_device(gamma2, count, "gamma2", "count");
   float* gamma2_data = static_cast<float*>(gamma2.mutable_data_ptr());
   int64_t* skipped_data = static_cast<int64_t*>(skipped.mutable_data_ptr());
-  if (gamma2.is_cpu()) {
+  if (runs_on_cpu(gamma2)) {
     const double n = count_is_double ? scalar_value(count)
                                      : static_cast<double>(*static_cast<const int64_t*>(count.const_data_ptr()));
     if (n != 0.0 && !move_gamma2(gamma2_data, scalar_value(sse) / n, decay, floor)) *skipped_data += 1;

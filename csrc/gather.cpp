@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor> gather(const Tensor& data, const Tensor& index, const
   void* x_data = x.mutable_data_ptr();
   uint8_t* rows_data = static_cast<uint8_t*>(rows.mutable_data_ptr());
 
-  if (data.is_cpu()) {
+  if (runs_on_cpu(data)) {
     for (int64_t i = 0; i < b; ++i) {
       STD_TORCH_CHECK(at[i] >= 0 && at[i] < n, "bvae: index ", at[i], " is out of range for ", n, " images");
     }

@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample_kl(const Tensor& mu, const Ten
   int64_t* state_data = static_cast<int64_t*>(state.mutable_data_ptr());
   int64_t* rng_data = static_cast<int64_t*>(rng.mutable_data_ptr());
 
-  if (mu.is_cpu()) {
+  if (runs_on_cpu(mu)) {
     const RngState noise = state_of(rng);
     const int64_t per_chunk = rows_per_chunk(s);
     const int64_t chunks = (s.batch + per_chunk - 1) / per_chunk;
@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor> sample_kl_backward(const std::optional<Tensor>& grad_
   const Rows m = as_rows(mu, keep_mu, s.k), l = as_rows(log_sigma, keep_log_sigma, s.k);
   void* g_m = grad_mu.mutable_data_ptr();
   void* g_l = grad_log_sigma.mutable_data_ptr();
-  if (mu.is_cpu()) {
+  if (runs_on_cpu(mu)) {
     const RngState noise = state_of(state);
     const double g_kl = grad_kl.has_value() ? scalar_value(*grad_kl) : 0.0;
     const void* g = optional_data(g_z);
@@ -170,7 +170,7 @@ static Tensor noise(const Tensor& rng, int64_t rows, int64_t k, int64_t first_sa
   Tensor out = empty(rng, {rows, k}, raw ? ScalarType::Long : ScalarType::Float);
   int64_t* words = raw ? static_cast<int64_t*>(out.mutable_data_ptr()) : nullptr;
   float* normals = raw ? nullptr : static_cast<float*>(out.mutable_data_ptr());
-  if (rng.is_cpu()) {
+  if (runs_on_cpu(rng)) {
     const RngState state = state_of(rng);
     for_row_ranges({rows, k}, [&](int64_t, int64_t begin, int64_t end) {
       cpu_loops().noise(words, normals, k, state, first_sample, begin, end);

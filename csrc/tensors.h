@@ -180,17 +180,30 @@ inline const void* optional_data(const std::optional<Tensor>& t) {
   return t.has_value() ? t->const_data_ptr() : nullptr;
 }
 
+// Whether the CPU loops take t. tools/emulate_cuda.py builds the extension so that the CUDA kernels do, on the CPU.
+inline bool runs_on_cpu([[maybe_unused]] const Tensor& t) {
+#ifdef BVAE_EMULATE_CUDA
+  return false;
+#else
+  return t.is_cpu();
+#endif
+}
+
 // Runs launch(Launch) on the device and current stream of `on`.
 template <class F>
 void on_cuda(const Tensor& on, [[maybe_unused]] const F& launch) {
 #ifdef BVAE_WITH_CUDA
+#ifdef BVAE_EMULATE_CUDA
+  Launch on_stream{0, 0, nullptr};
+#else
   const int32_t device = on.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                   "bvae: a CUDA tensor reached the extension, but this PyTorch was built without CUDA");
   Launch on_stream{device, 0, nullptr};
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &on_stream.stream));
-  int error = cuda_multiprocessors(device, &on_stream.multiprocessors);
+#endif
+  int error = cuda_multiprocessors(on_stream.device, &on_stream.multiprocessors);
   if (error == 0) error = launch(on_stream);
   STD_TORCH_CHECK(error == 0, "bvae: CUDA launch failed: ", cuda_error_string(error));
 #else
