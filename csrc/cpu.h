@@ -3,9 +3,13 @@
 // the work over threads; none allocates.
 #pragma once
 
-#include "adam.h"
+#include "common.h"
 
 namespace bvae {
+
+// Not from adam.h: cpu_loops.h includes the arithmetic once its instruction set is chosen, and must be the first to.
+struct AdamFactors;
+struct AdamCorrections;
 
 struct CpuLoops {
   const char* name;

@@ -5,6 +5,7 @@
 // one computes, one converts back, and each of them is simple enough for the compiler to vectorise. The bytes of the
 // loss's target are converted where they are used: a float a byte would be four times the traffic.
 
+#include "adam.h"
 #include "cpu.h"
 #include "half.h"
 #include "philox.h"
