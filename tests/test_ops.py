@@ -324,8 +324,9 @@ def test_gather_refuses_an_index_out_of_range(module, bad):
 def everything(device, dtype=torch.float32):
     """One step through all the ops; every tensor it made."""
     g = torch.Generator().manual_seed(4)
-    mu = leaf(torch.randn(100, 64, generator=g).to(device))
-    ls = leaf((0.3 * torch.randn(100, 64, generator=g)).to(device))
+    wide = reference.sum_dtype(dtype)
+    mu = leaf(torch.randn(100, 64, generator=g).to(device, wide))
+    ls = leaf((0.3 * torch.randn(100, 64, generator=g)).to(device, wide))
     recon = leaf(torch.randn(100, 3, 32, 32, generator=g).to(device, dtype))
     target = torch.randint(0, 256, recon.shape, generator=g, dtype=torch.uint8).to(device)
     gamma2, skipped = scalars(device)
@@ -336,7 +337,7 @@ def everything(device, dtype=torch.float32):
     return [z, kl, moments, loss, sse, stats, gamma2, skipped, rng, mu.grad, ls.grad, recon.grad]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])  # float64 shows all of the sums' bits
 def test_same_bits_on_repeat(device, dtype):
     for a, b in zip(everything(device, dtype), everything(device, dtype), strict=True):
         assert torch.equal(a, b)
