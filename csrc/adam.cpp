@@ -53,7 +53,7 @@ Tensor all_finite(const std::vector<Tensor>& tensors) {
   }
   Tensor finite = empty_scalar(tensors[0], ScalarType::Bool);
   bool* result = static_cast<bool*>(finite.mutable_data_ptr());
-  if (finite.is_cpu()) {
+  if (runs_on_cpu(finite)) {
     std::atomic<bool> good{true};
     over_elements(all, [&](const Elements& t, int64_t begin, int64_t end) {
       if (cpu_loops().largest_magnitude(t.type, t.data, begin, end) >= kTooLarge) good = false;
@@ -123,7 +123,7 @@ void adam(const std::vector<Tensor>& parameters, const std::vector<std::optional
   const bool* gate = static_cast<const bool*>(good.const_data_ptr());
   const float* rate = static_cast<const float*>(lr.const_data_ptr());
   const AdamFactors factors = adam_factors(beta1, beta2, eps);
-  if (steps.is_cpu()) {
+  if (runs_on_cpu(steps)) {
     if (!*gate) return;
     for (AdamTensor& t : all) t.corrections = adam_corrections(*rate, beta1, beta2, counts[t.slot] += 1.0f);
     over_elements(all, [&](const AdamTensor& t, int64_t begin, int64_t end) {
