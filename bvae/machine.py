@@ -67,8 +67,16 @@ def has_bf16(device: torch.device) -> bool:
     """Whether bf16 arithmetic runs on units of its own there: where it does not, --amp is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    flags = (_cpu_line("flags") or _cpu_line("Features") or "").split()
-    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & _cpu_flags())
+
+
+def has_amx() -> bool:
+    """Whether the CPU multiplies bf16 by tiles."""
+    return "amx_bf16" in _cpu_flags()
+
+
+def _cpu_flags() -> set[str]:
+    return set((_cpu_line("flags") or _cpu_line("Features") or "").split())
 
 
 def free_memory(device: torch.device) -> int:

@@ -15,7 +15,8 @@ LAYERS = {
 @pytest.mark.parametrize("kind", list(LAYERS))
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (2, 2), (4, 14), (2, 32)])
 @pytest.mark.parametrize("batch", [1, 5])
-def test_under_bf16_autocast_it_is_torchs(kind, height, width, batch):
+def test_under_bf16_autocast_it_is_torchs(kind, height, width, batch, monkeypatch):
+    monkeypatch.setattr(conv, "SLOW_STRIDES", (1, 2))  # as with AMX
     torch.manual_seed(0)
     ours, theirs = (make() for make in LAYERS[kind])
     assert ours.state_dict().keys() == theirs.state_dict().keys()
@@ -49,16 +50,18 @@ def test_the_gradient_of_the_kernel_is_exact_in_float64():
 
 def test_what_oneDNN_does_well_is_left_to_it(monkeypatch):
     called = []
-    monkeypatch.setattr(conv, "_call", lambda x, *rest: called.append(x.shape[3]) or x)
-    layer = Conv3x3(4, 4)
-    for side in (conv.SHORT_ROW, 4):
-        x = torch.randn(2, 4, side, side)
-        with torch.autocast("cpu", torch.bfloat16):
-            layer(x)
-            with torch.no_grad():
+    monkeypatch.setattr(conv, "_call", lambda x, weight, bias, stride, _: called.append((x.shape[3], stride)) or x)
+    for strides in ((1, 2), (2,)):  # with AMX and without
+        monkeypatch.setattr(conv, "SLOW_STRIDES", strides)
+        for layer in (Conv3x3(4, 4), Conv3x3(4, 4, stride=2)):
+            for side in (2 * conv.SHORT_ROW, 8):
+                x = torch.randn(2, 4, side, side)
+                with torch.autocast("cpu", torch.bfloat16):
+                    layer(x)
+                    with torch.no_grad():
+                        layer(x)
                 layer(x)
-        layer(x)
-    assert called == [4]
+    assert called == [(8, 1), (8, 2), (8, 2)]
 
 
 def test_a_cancelled_bias_counts_but_is_not_trained():

@@ -1,8 +1,9 @@
 """The 3x3 convolutions of the networks, with the gradient of their weights computed the faster way on a CPU.
 
-oneDNN computes it in bf16 row by row of the image and pads every row to the 32 pixels that an AMX tile multiplies:
-on the small images of the inner scales nearly all of that is padding. There it is one matrix product instead, of the
-output's gradient and the input's 3x3 neighbourhoods (docs/throughput.md has the figures).
+oneDNN computes it in bf16 row by row of the image and, with AMX, pads every row to the 32 pixels that a tile multiplies:
+on the small images of the inner scales nearly all of that is padding. Where the stride is 2 it is slow without AMX too.
+There it is one matrix product instead, of the output's gradient and the input's 3x3 neighbourhoods
+(docs/throughput.md has the figures).
 """
 
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bvae.machine import has_amx
 from bvae.models.half import Halved, half_of
 
 SHORT_ROW = 16  # pixels; from here on oneDNN is faster
+SLOW_STRIDES = (1, 2) if has_amx() else (2,)  # of shorter rows
 
 
 def _neighbourhoods(x: Tensor, height: int, width: int, stride: int) -> Tensor:
@@ -64,10 +67,11 @@ class _Convolution(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None
 
 
-def _ours(x: Tensor, row: int) -> bool:
+def _ours(x: Tensor, row: int, stride: int) -> bool:
     """Whether oneDNN would be slow: rows of `row` pixels in bf16, in training, on a CPU."""
     return (
         row < SHORT_ROW
+        and stride in SLOW_STRIDES
         and x.device.type == "cpu"
         and torch.is_grad_enabled()
         and torch.is_autocast_enabled("cpu")
@@ -97,7 +101,7 @@ class Conv3x3(Halved, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias.detach() if self.cancelled else self.bias
         weight = half_of(self.weight)
-        if _ours(x, x.shape[3] // self.stride[0]):
+        if _ours(x, x.shape[3] // self.stride[0], self.stride[0]):
             return _call(x, weight, bias, self.stride[0], False)
         return self._conv_forward(x, weight, bias)
 
@@ -112,6 +116,6 @@ class ConvTranspose3x3(Halved, nn.ConvTranspose2d):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         weight = half_of(self.weight)
-        if _ours(x, x.shape[3]):
+        if _ours(x, x.shape[3], 2):
             return _call(x, weight, self.bias, 2, True)
         return F.conv_transpose2d(x, weight, self.bias, 2, 1, 1)
