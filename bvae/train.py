@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 
 from bvae.checkpoint import LAST
@@ -21,7 +20,7 @@ from bvae.config import PRESETS, Config, find_preset
 from bvae.datasource import load_data
 from bvae.errors import UserError, run_command
 from bvae.files import encode_json, exists
-from bvae.machine import has_bf16, pick_device
+from bvae.machine import has_bf16, pick_device, prepare_process
 from bvae.models.vae import count_parameters, first_stage, second_stage
 from bvae.report import write_report
 from bvae.trainer import Interrupted, Trainer
@@ -140,9 +139,7 @@ def train(argv: list[str], world: World) -> int:
             return 0
     world.connect(config.device)
     folder, resume = find_folder(config, arguments, world)
-    # Adam's moments of units that have died decay into denormal numbers, which halve the speed of a CPU. Set before the
-    # first parallel operation, so that torch's threads inherit it.
-    torch.set_flush_denormal(True)
+    prepare_process()
     trainer = Trainer(config, load_data(config, quiet=not world.first), folder, resume, world=world)
     if world.first:
         among = f"{world.size} processes, the first on " if world.size > 1 else ""

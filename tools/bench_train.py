@@ -47,7 +47,7 @@ from bvae.balance import BalancedLoss
 from bvae.batches import Batches, ImageBatches, LatentBatches
 from bvae.config import Config, find_preset
 from bvae.graph import compile_step, make_runner
-from bvae.machine import describe_device, has_bf16, pick_device, training_kernels, versions
+from bvae.machine import describe_device, has_bf16, pick_device, prepare_process, training_kernels, versions
 from bvae.models.conv import Conv3x3, ConvTranspose3x3
 from bvae.models.half import Linear
 from bvae.models.norm import BatchNormReLU
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     if ops.EXTENSION_ERROR is not None:
         sys.exit(f"error: nothing to measure: {ops.EXTENSION_ERROR}")
     device = pick_device(args.device)
-    torch.set_flush_denormal(True)  # as bvae.train does; it helps every contestant
+    prepare_process()  # as bvae.train does; it helps every contestant
     if args.memory_of:
         recipe, stage, name = args.memory_of
         print(peak_memory(functools.partial(contestant, name), configure(recipe, args.quick), int(stage), device))

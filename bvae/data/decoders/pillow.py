@@ -66,13 +66,13 @@ def decode_image(data: bytes, recipe: Recipe) -> np.ndarray:
     """
     if not data:
         raise Rejected("is empty")
-    header = jpeg.read_header(data)
-    if header is not None and header.plain:
-        _check_size(header.width, header.height)
-        if (decoded := jpeg.decode_plain(data, header, recipe)) is not None:
-            return decoded
     # Pillow's plugins raise nearly anything on damaged files (OSError, SyntaxError, struct.error, ...).
     try:
+        header = jpeg.read_header(data)
+        if header is not None and header.plain:
+            _check_size(header.width, header.height)
+            if (decoded := jpeg.decode_plain(data, header, recipe)) is not None:
+                return decoded
         image = _decode_crop(data, header, recipe)
         mode = "RGB" if recipe.channels == 3 else "L"
         if image.mode != mode:
