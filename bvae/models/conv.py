@@ -99,8 +99,9 @@ class Conv3x3(Halved, nn.Conv2d):
         self.cancelled = cancelled
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias.detach() if self.cancelled else self.bias
-        weight = half_of(self.weight)
+        weight, bias = half_of(self.weight), half_of(self.bias)
+        if self.cancelled:
+            bias = bias.detach()
         if _ours(x, x.shape[3] // self.stride[0], self.stride[0]):
             return _call(x, weight, bias, self.stride[0], False)
         return self._conv_forward(x, weight, bias)
@@ -115,7 +116,7 @@ class ConvTranspose3x3(Halved, nn.ConvTranspose2d):
         super().__init__(inputs, outputs, 3, stride=2, padding=1, output_padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        weight = half_of(self.weight)
+        weight, bias = half_of(self.weight), half_of(self.bias)
         if _ours(x, x.shape[3], 2):
-            return _call(x, weight, self.bias, 2, True)
-        return F.conv_transpose2d(x, weight, self.bias, 2, 1, 1)
+            return _call(x, weight, bias, 2, True)
+        return F.conv_transpose2d(x, weight, bias, 2, 1, 1)

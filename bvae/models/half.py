@@ -1,4 +1,4 @@
-"""Weights with a bf16 copy that the optimiser keeps: a step under autocast casts neither them nor their gradients."""
+"""Weights and biases with a bf16 copy that the optimiser keeps: a step under autocast casts neither these nor gradients."""
 
 from types import TracebackType
 from typing import Self
@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 
 class Halved:
-    """A layer whose `weight` may have such a copy: its attribute `bf16_copy`, a leaf that takes the gradient."""
+    """A layer whose parameters may have such copies: their attribute `bf16_copy`, a leaf that takes the gradient."""
 
     weight: Tensor
+    bias: Tensor
 
 
 def half_of(weight: Tensor) -> Tensor:
@@ -23,12 +24,12 @@ def half_of(weight: Tensor) -> Tensor:
 
 
 def halved_weights(model: nn.Module) -> list[nn.Parameter]:
-    return [m.weight for m in model.modules() if isinstance(m, Halved)]  # type: ignore[misc]
+    return [p for m in model.modules() if isinstance(m, Halved) for p in (m.weight, m.bias)]  # type: ignore[misc]
 
 
 class Linear(Halved, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, half_of(self.weight), self.bias)
+        return F.linear(x, half_of(self.weight), half_of(self.bias))
 
 
 class Copies:
