@@ -1,4 +1,4 @@
-"""Weights and biases with a bf16 copy that the optimiser keeps: a step under autocast casts neither these nor gradients."""
+"""Weights and biases with a bf16 copy that the optimiser keeps: a step casts neither them nor their gradients."""
 
 from types import TracebackType
 from typing import Self
