@@ -39,9 +39,22 @@ def test_the_plain_network_is_ours(stage):
     torch.testing.assert_close(ours.decoder(z), plain.decoder(z), rtol=1e-4, atol=1e-5)
 
 
+class Here:
+    """A bench.Contestant without the process."""
+
+    def __init__(self, name, recipe, stage, device, quick):
+        self.run = bench.contestant(name, bench.configure(recipe, quick), stage, torch.device(device))
+
+    def time(self, steps):
+        return bench.timed(self.run, steps, torch.device("cpu"))
+
+    def end(self):
+        return 100.0
+
+
 def test_a_quick_measurement_and_its_table(tmp_path, monkeypatch, needs_extension):
     monkeypatch.setattr(bench, "SAMPLES", 60)
-    monkeypatch.setattr(bench, "memory_in_a_process", lambda *args: 100.0)
+    monkeypatch.setattr(bench, "Contestant", Here)
     names = ["bvae", "plain", "eager_amp"] + ["pythae"] * bool(importlib.util.find_spec("pythae"))
     path = tmp_path / "bench.json"
     bench.main(["--quick", "--device", "cpu", "--recipes", "cifar10", "--contestants", *names, "--json", str(path)])
@@ -64,9 +77,13 @@ def test_the_documents_show_what_the_json_says(capsys):
     assert table.main(["--check"]) == 0, capsys.readouterr().out
 
 
-def test_peak_memory_is_of_the_process(needs_extension):
-    c = bench.configure("cifar10", quick=True)
-    assert 50 < bench.peak_memory(bench.plain, c, 2, torch.device("cpu")) < 20_000
+def test_a_contestant_is_a_process(needs_extension):
+    one = bench.Contestant("bvae", "cifar10", 2, "cpu", quick=True)
+    assert one.time(1) > 0 and one.time(2) > 0
+    assert 50 < one.end() < 20_000 and one.process.returncode == 0
+    other = bench.Contestant("nobody", "cifar10", 2, "cpu", quick=True)
+    with pytest.raises(SystemExit, match="nobody ended with exit code 1"):
+        other.time(1)
 
 
 TINY = [

@@ -13,21 +13,22 @@ The contestants, each over stage 1 and stage 2 of a recipe:
     compile       the same with torch.compile(mode="max-autotune") over network and loss
     pythae        pythae's BaseTrainer, with amp on CUDA (it has none on a CPU); left out where it is not installed
 
-They take turns, round after round, in one process, so that a machine whose speed drifts slows all alike; a first,
-uncounted turn of each holds compilation and warm-up. Figures are medians over rounds, ratios medians of each round's
-ratio. Peak memory comes from a process of its own for each contestant. Pixels and latents are random: the time does
-not depend on them. tools/bench_table.py writes the JSON's table into the documents.
+Each is a process of its own, with what it would have set in it: bvae's are told what bvae.train tells them, the others
+are left as PyTorch starts. They take turns, round after round, so that a machine whose speed drifts slows all alike; a
+first, uncounted turn of each holds compilation and warm-up. Figures are medians over rounds, ratios medians of each
+round's ratio. Pixels and latents are random: the time does not depend on them. tools/bench_table.py writes the JSON's
+table into the documents.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import functools
-import gc
 import importlib.metadata
 import importlib.util
 import json
 import logging
+import os
 import statistics
 import subprocess
 import sys
@@ -67,15 +68,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, help="of a turn, about; default 2, with --quick 0")
     parser.add_argument("--quick", action="store_true", help="a tiny network, one step a turn")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--memory-of", nargs=3, metavar=("RECIPE", "STAGE", "CONTESTANT"), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=3, metavar=("RECIPE", "STAGE", "CONTESTANT"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if ops.EXTENSION_ERROR is not None:
         sys.exit(f"error: nothing to measure: {ops.EXTENSION_ERROR}")
     device = pick_device(args.device)
-    prepare_process()  # as bvae.train does; it helps every contestant
-    if args.memory_of:
-        recipe, stage, name = args.memory_of
-        print(peak_memory(functools.partial(contestant, name), configure(recipe, args.quick), int(stage), device))
+    if args.serve:
+        recipe, stage, name = args.serve
+        serve(name, configure(recipe, args.quick), int(stage), device)
         return
 
     names = [n for n in args.contestants if n != "pythae" or importlib.util.find_spec("pythae")]
@@ -95,9 +95,8 @@ def main(argv: list[str] | None = None) -> None:
         figures[recipe] = {}
         for stage in (1, 2):
             config = configure(recipe, args.quick)
-            measured = measure(config, stage, names, device, 1 if args.quick else args.rounds, seconds)
-            for name, values in measured.items():
-                values["peak_memory_mib"] = memory_in_a_process(recipe, stage, name, args.device, args.quick)
+            contestants = {name: Contestant(name, recipe, stage, args.device, args.quick) for name in names}
+            measured = measure(contestants, config.batch, 1 if args.quick else args.rounds, seconds)
             show(recipe, stage, config, measured)
             figures[recipe][f"stage{stage}"] = measured
     first = figures[args.recipes[0]]
@@ -124,35 +123,70 @@ def configure(recipe: str, quick: bool) -> Config:
     return config
 
 
-def measure(
-    config: Config, stage: int, names: list[str], device: torch.device, rounds: int, seconds: float
-) -> dict[str, dict[str, Any]]:
-    """Figures of every contestant, by name."""
-    runs, turn = {}, {}
-    for name in names:
-        runs[name] = contestant(name, config, stage, device)
-        timed(runs[name], 2, device)  # compiles, captures, warms up
-        turn[name] = min(100, max(1, round(seconds / timed(runs[name], 1, device))))
-    times: dict[str, list[float]] = {name: [] for name in names}
+class Contestant:
+    """One of them, in a process of its own that waits for its turns."""
+
+    def __init__(self, name: str, recipe: str, stage: int, device: str, quick: bool) -> None:
+        words = [sys.executable, __file__, "--device", device, "--serve", recipe, str(stage), name]
+        self.name = name
+        self.process = subprocess.Popen(
+            words + ["--quick"] * quick, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def time(self, steps: int) -> float:
+        """Seconds that so many steps take."""
+        return self._ask(steps)
+
+    def end(self) -> float:
+        """MiB that it held at most: on CUDA torch's allocator, on a CPU the process."""
+        memory = self._ask(0)
+        self.process.communicate()
+        return memory
+
+    def _ask(self, steps: int) -> float:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which reading tells
+            self.process.stdin.write(f"{steps}\n")
+            self.process.stdin.flush()
+        if not (answer := self.process.stdout.readline()):
+            sys.exit(f"error: {self.name} ended with exit code {self.process.wait()}")
+        return float(answer)
+
+
+def serve(name: str, config: Config, stage: int, device: torch.device) -> None:
+    """The other end of a `Contestant`."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    if name.startswith("bvae"):
+        prepare_process()
+    run = contestant(name, config, stage, device)
+    for line in sys.stdin:
+        print(timed(run, int(line), device) if int(line) else peak_memory(device), file=answers, flush=True)
+
+
+def measure(contestants: dict[str, Contestant], batch: int, rounds: int, seconds: float) -> dict[str, dict[str, Any]]:
+    """Figures of every contestant, by name, each of which is ended."""
+    turn = {}
+    for name, one in contestants.items():
+        one.time(2)  # compiles, captures, warms up
+        turn[name] = min(100, max(1, round(seconds / one.time(1))))
+    times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
-        for name in names:
-            times[name].append(timed(runs[name], turn[name], device) / turn[name])
+        for name, one in contestants.items():
+            times[name].append(one.time(turn[name]) / turn[name])
     figures: dict[str, dict[str, Any]] = {}
-    for name in names:
-        rates = [config.batch / t for t in times[name]]
+    for name, one in contestants.items():
+        rates = [batch / t for t in times[name]]
         figures[name] = {
             "images_per_s": statistics.median(rates),
             "lowest": min(rates),
             "highest": max(rates),
             "steps_per_s": 1 / statistics.median(times[name]),
+            "peak_memory_mib": one.end(),
         }
-        if "bvae" in names:
+        if "bvae" in times:
             ratios = [a / b for a, b in zip(times[name], times["bvae"], strict=True)]
             figures[name]["bvae_is_faster_by"] = statistics.median(ratios)
-    del runs
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     return figures
 
 
@@ -188,32 +222,21 @@ def show(recipe: str, stage: int, config: Config, figures: dict[str, dict[str, A
     for name, f in figures.items():
         span = f"{f['lowest']:.1f} - {f['highest']:.1f}"
         faster = f"{f['bvae_is_faster_by']:.2f}x" if "bvae_is_faster_by" in f else ""
-        memory = f"{f['peak_memory_mib']:.0f}" if f["peak_memory_mib"] else "?"
-        print(f"  {name:12} {f['images_per_s']:10.1f}  {span:>21} {f['steps_per_s']:9.2f} {faster:>8} {memory:>9}")
+        rate = f"{f['images_per_s']:10.1f}  {span:>21} {f['steps_per_s']:9.2f}"
+        print(f"  {name:12} {rate} {faster:>8} {f['peak_memory_mib']:9.0f}")
     sys.stdout.flush()
 
 
 # ---- memory, versions -----------------------------------------------------------------------------------------------
 
 
-def peak_memory(
-    contestant: Callable[[Config, int, torch.device], Run], c: Config, stage: int, device: torch.device
-) -> float:
+def peak_memory(device: torch.device) -> float:
     """MiB: on CUDA what torch's allocator held at most, on a CPU what the process did."""
-    contestant(c, stage, device)(3)
-    wait(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     # Not getrusage, whose figure a new process takes over from the one that started it.
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 2**10
-
-
-def memory_in_a_process(recipe: str, stage: int, name: str, device: str, quick: bool) -> float | None:
-    words = [sys.executable, __file__, "--device", device, "--memory-of", recipe, str(stage), name]
-    done = subprocess.run(words + ["--quick"] * quick, capture_output=True, text=True)
-    lines = done.stdout.split()
-    return float(lines[-1]) if done.returncode == 0 and lines else None
 
 
 def pythae_version(names: list[str]) -> dict[str, str]:
