@@ -1,5 +1,6 @@
 """Steps whose passes torch.compile has made, against those that Python runs."""
 
+import dataclasses
 import functools
 import os
 import shutil
@@ -12,11 +13,16 @@ import torch._inductor.config
 from safetensors.torch import load_file
 from test_graph import everything, make, run, same
 
+from bvae import ops
+from bvae.balance import BalancedLoss
+from bvae.batches import ImageBatches
+from bvae.config import PRESETS
 from bvae.graph import Eager, compile_step, make_runner
 from bvae.models.conv import Conv3x3
 from bvae.models.half import Linear
 from bvae.models.norm import BatchNormReLU, batch_norms
-from bvae.models.vae import VAE
+from bvae.models.vae import VAE, first_stage
+from bvae.step import Step
 from bvae.train import main
 
 COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
@@ -64,6 +70,18 @@ def test_compiled_steps_are_the_steps(traced, stage, balance):
     train((plain, compiled), 3)
     agree(plain, compiled)
     assert TRACED["unique_graphs"] == graphs + 1, "one variant serves all steps"
+
+
+@needs_compiler
+def test_layers_as_wide_as_vectors_compile_under_amp():
+    """Inductor makes other C++ for them than for the tiny ones of the other tests."""
+    c = dataclasses.replace(PRESETS["cifar10"], side=8, base=4, fc=64, latents=32, scales=1, batch=20)
+    model = first_stage(c).to(memory_format=torch.channels_last)
+    images = torch.randint(256, (40, 8, 8, 3), dtype=torch.uint8)
+    batches = ImageBatches(images, c.batch, 0, torch.bfloat16, False)
+    step = Step(model, BalancedLoss(), ops.make_rng(0), c.latents, True, 0.0, [])
+    batches.begin(0)
+    assert compile_step(batches, step) is None
 
 
 def test_compiled_steps_under_amp(traced):
