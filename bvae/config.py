@@ -116,7 +116,7 @@ class Config:
     seed: int = 0
     """Fixes initial weights, shuffling and noise."""
     amp: bool = False
-    """bf16 autocast, on CPU and CUDA; fp32 otherwise."""
+    """Train in bf16 where the device has units for it; everything is fp32 where not, and without this."""
 
     max_steps: int | None = _free(default=None)
     """Cap on the steps of each stage."""
@@ -124,9 +124,9 @@ class Config:
     """Where to train; auto takes CUDA when there is one."""
     graph: bool = _free(default=True)
     """On CUDA, replay whole steps from a CUDA graph; the numbers do not depend on it."""
-    compile: bool = _free(default=False)
-    """Let torch.compile make the network's passes: minutes at the start of a stage, then fused operations. Results
-    differ by roundings. Where it cannot be done the run says why and goes on without."""
+    compile: bool | None = _free(default=None)
+    """Let torch.compile make the network's passes: minutes at the start of a stage, then fused operations. Left open,
+    a long stage tries both and takes the faster; results differ by roundings."""
     stream: Literal["auto", "always", "never"] = _free(default="auto")
     """Read images from their file while training; auto does where a .npy file or prepared store is too large for the
     device's memory. The batches do not depend on it."""
@@ -297,6 +297,7 @@ PRESETS: dict[str, Config] = {
             epochs2=12,
             lr2=1e-3,
             lr_halve2=6,
+            amp=True,
             eval_every=2,
         ),
         _CIFAR10,  # the paper's text

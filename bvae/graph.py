@@ -70,7 +70,7 @@ class Graph:
             for _ in range(n):
                 step(*batches.draw())
 
-        with _recording() as record, _undone(batches, step) as undo:
+        with _recording() as record, undone(batches, step) as undo:
             for _ in range(WARM_UP):
                 steps(1)
                 undo()
@@ -113,17 +113,8 @@ def make_runner(batches: Batches, step: Step, wanted: bool, obstacle: str | None
     return Eager(batches, step, why)
 
 
-def compile_step(batches: Batches, step: Step) -> str | None:
-    """Has torch.compile make the step's passes: before a Graph, which then records them, and called when it may be.
-
-    Changes nothing else. Returns None, or in one line why it cannot be done: the step is then what it was.
-    """
-    with _undone(batches, step):
-        return step.compile(*batches.draw())
-
-
 @contextmanager
-def _undone(batches: Batches, step: Step) -> Iterator[Callable[[], None]]:
+def undone(batches: Batches, step: Step) -> Iterator[Callable[[], None]]:
     """Puts back what steps in the block have changed, at its end and where it calls what this gives.
 
     At its end there are no gradients. The weights' bf16 copies are right when it begins, and after each putting back.

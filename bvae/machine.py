@@ -68,7 +68,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether bf16 arithmetic runs on units of its own there: where it does not, --amp is slower than fp32."""
+    """Whether bf16 arithmetic runs on units of its own there. Where it does not it is far slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & _cpu_flags())

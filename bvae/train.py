@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -20,7 +20,7 @@ from bvae.config import PRESETS, Config, find_preset
 from bvae.datasource import load_data
 from bvae.errors import UserError, run_command
 from bvae.files import encode_json, exists
-from bvae.machine import has_bf16, pick_device, prepare_process
+from bvae.machine import prepare_process
 from bvae.models.vae import count_parameters, first_stage, second_stage
 from bvae.report import write_report
 from bvae.trainer import Interrupted, Trainer
@@ -40,6 +40,9 @@ class Arguments(Config):
     """Folder of the run, which must not exist yet; runs/<preset>-<time> by default."""
     resume: Path | None = None
     """Go on with the run in this folder; --epochs, --epochs2, --max-steps, --device, --data and logging may change."""
+    compile: Annotated[bool, tyro.conf.arg(help_behavior_hint="(default: the faster)")] = False
+    """Let torch.compile make the network's passes: minutes a stage; where it cannot be done the run says why.
+    By default a stage of over half an hour (CUDA: three minutes) times both. Results differ by roundings."""
     dry_run: bool = False
     """Print the resolved configuration and the parameter counts as JSON, and train nothing."""
 
@@ -49,24 +52,24 @@ def parse(argv: list[str]) -> tuple[Config, Arguments]:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--preset")
     early.add_argument("--resume", type=Path)
-    early.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    early.add_argument("--compile", action=argparse.BooleanOptionalAction)
     try:
         chosen, _ = early.parse_known_args(argv)
     except argparse.ArgumentError:
-        chosen = argparse.Namespace(preset=None, resume=None, device="auto")  # tyro names the mistake below
+        # tyro names the mistake below
+        chosen = argparse.Namespace(preset=None, resume=None, compile=None)
     base = read_config(chosen.resume) if chosen.resume is not None else find_preset(chosen.preset or "shapes")
-    if base.preset == "shapes" and chosen.resume is None:
-        # The one recipe that is ours: it takes what is fastest on the machine it starts on.
-        base = dataclasses.replace(base, amp=has_bf16(pick_device(chosen.device)))
     arguments = tyro.cli(
         Arguments,
-        default=Arguments(**base.to_dict()),
+        default=Arguments(**{**base.to_dict(), "compile": bool(base.compile)}),
         args=argv,
         prog="python -m bvae.train",
         config=(tyro.conf.AvoidSubcommands,),
     )
     names = [f.name for f in dataclasses.fields(Config)]
-    config = Config(**{name: getattr(arguments, name) for name in names}).validate()
+    values = {name: getattr(arguments, name) for name in names}
+    values["compile"] = base.compile if chosen.compile is None else chosen.compile
+    config = Config(**values).validate()
     if arguments.resume is not None and arguments.out is not None:
         raise UserError("--out and --resume contradict each other: a resumed run stays in its folder")
     if config.preset not in PRESETS:

@@ -18,14 +18,15 @@ from bvae import figures, ops
 from bvae.balance import GaussianVAELoss, make_loss
 from bvae.batches import Batches, LatentBatches
 from bvae.checkpoint import BEST, LAST, load_checkpoint, prefixed, save_checkpoint, under
+from bvae.compiling import choose_way
 from bvae.config import Config
 from bvae.data import Dataset
 from bvae.data.shapes import FACTOR_TYPES
 from bvae.errors import Interrupted, UserError
 from bvae.fid_scores import fid_scorer, read_fid
 from bvae.files import encode_json, exists, write_atomically, writing
-from bvae.graph import Runner, compile_step, make_runner
-from bvae.machine import describe_device, training_kernels, versions
+from bvae.graph import Runner
+from bvae.machine import describe_device, has_bf16, training_kernels, versions
 from bvae.mapped import is_mapped, resident
 from bvae.metrics.latent import INACTIVE, factor_correlation, inactive, latent_variances
 from bvae.models.norm import batch_norms, recompute_statistics
@@ -64,6 +65,8 @@ class Stage:
     """steps it has had"""
     seconds: float = 0.0
     """spent in them"""
+    compiled: bool | None = None
+    """whether torch.compile makes them; None: to be found out"""
 
     def lr_in(self, epoch: int) -> float:
         """The learning rate in `epoch`, counted from 0."""
@@ -104,6 +107,7 @@ class Trainer:
         self.folder = folder
         self.world = world or World().connect(config.device)
         self.device = self.world.device
+        self.amp = config.amp and has_bf16(self.device)
         self.stop: int | None = None  # set to a signal's number to end the run after the step under way
         if config.batch % self.world.size:
             raise UserError(
@@ -159,6 +163,8 @@ class Trainer:
         self.log = RunLog(mine, resume_after=finished if resume else None, tracker=tracker, quiet=quiet)
         if tracker is not None:
             self.log.note(f"{tracker.name}: {tracker.where}")
+        if config.amp and not self.amp:
+            self.log.note("--amp: in fp32, for there are no bf16 units here")
         self.world.wait()  # until all have read what there is: from now on it changes
 
     def _open_tracker(self, new: bool) -> Tracker | None:
@@ -218,9 +224,10 @@ class Trainer:
             stage.step.loss.train()
             stage.step.set_lr(stage.lr_in(epoch))
             stage.batches.begin(epoch, first)
-            with training_kernels(self.device, self.config.amp):
+            with training_kernels(self.device, self.amp):
                 if runner is None:
                     runner = self._runner(stage)
+                    stage.batches.begin(epoch, first)
                 started = time.monotonic()
                 end = min((epoch + 1) * steps, stage.total)
                 while stage.done < end:
@@ -244,14 +251,13 @@ class Trainer:
             self._end_epoch(stage, stage.done // steps + 1)
 
     def _runner(self, stage: Stage) -> Runner:
-        if self.config.compile:
-            self.log.note(f"stage {stage.number}: compiling, which may take minutes")
-            why = compile_step(stage.batches, stage.step)
-            if why is not None:
-                self.log.note(f"stage {stage.number}: not compiled: {why}")
-        runner = make_runner(stage.batches, stage.step, self.config.graph)
+        def note(text: str) -> None:
+            self.log.note(f"stage {stage.number}: {text}")
+
+        wanted = stage.compiled if self.config.compile is None else self.config.compile
+        runner, stage.compiled = choose_way(stage.batches, stage.step, self.config.graph, wanted, stage.total, note)
         if runner.why_eager is not None and self.device.type == "cuda":
-            self.log.note(f"stage {stage.number}: steps run one by one, not as a CUDA graph: {runner.why_eager}")
+            note(f"steps run one by one, not as a CUDA graph: {runner.why_eager}")
         return runner
 
     def _due(self) -> bool:
@@ -348,7 +354,7 @@ class Trainer:
 
     def _step(self, number: int, model: VAE, loss: GaussianVAELoss, l2: float, kernels: list[Tensor]) -> Step:
         rng = ops.make_rng(derive(self.config.seed, "noise", number), self.device)
-        return Step(model, loss, rng, self.config.latents, self.config.amp, l2, kernels, self.world, self.part.start)
+        return Step(model, loss, rng, self.config.latents, self.amp, l2, kernels, self.world, self.part.start)
 
     def _total(self, epochs: int, batches: Batches) -> int:
         return min(epochs * batches.steps, self.config.max_steps or epochs * batches.steps)
@@ -359,7 +365,7 @@ class Trainer:
             self.train_images,
             c.batch,
             derive(c.seed, "batches", 1),
-            torch.bfloat16 if c.amp else torch.float32,
+            torch.bfloat16 if self.amp else torch.float32,
             c.hflip,
             self.part,
         )
@@ -411,7 +417,7 @@ class Trainer:
         rng = ops.make_rng(derive(c.seed, "recompute"), self.device)
 
         def forward(x: Tensor) -> None:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=c.amp):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                 mu, log_sigma = model.encoder(x)
                 model.decoder(ops.sample_kl(mu, log_sigma, rng, first_sample=self.part.start).z)
 
@@ -529,6 +535,8 @@ class Trainer:
             "stage": self.stage.number,
             "step": self.stage.done,
             "seconds": self.stage.seconds,
+            "compiled": self.stage.compiled,
+            "device": self.device.type,
             "config": self.config.to_dict(),
             "data_digest": self.data.digest,
             "best": self.best if math.isfinite(self.best) else None,
@@ -572,6 +580,8 @@ class Trainer:
         self.stage = self._first_stage() if description["stage"] == 1 else self._second_stage()
         stage = self.stage
         stage.done, stage.seconds = description["step"], description["seconds"]
+        if stage.done and description.get("device") == self.device.type:  # what a trial found goes on, with its bits
+            stage.compiled = description["compiled"]
         try:
             stage.step.load_tensors({name: t.to(self.device) for name, t in under(tensors, "step").items()})
             stage.step.sums.trouble.zero_()  # what stopped a run is given another chance

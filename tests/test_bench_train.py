@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bvae import ops
+from bvae import compiling, ops, trainer
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,25 +43,30 @@ class Here:
     """A bench.Contestant without the process."""
 
     def __init__(self, name, recipe, stage, device, quick):
+        bench.FACTS.clear()
         self.run = bench.contestant(name, bench.configure(recipe, quick), stage, torch.device(device))
+        self.facts = dict(bench.FACTS)
 
     def time(self, steps):
         return bench.timed(self.run, steps, torch.device("cpu"))
 
     def end(self):
-        return 100.0
+        return {"peak_memory_mib": 100.0, **self.facts}
 
 
 def test_a_quick_measurement_and_its_table(tmp_path, monkeypatch, needs_extension):
     monkeypatch.setattr(bench, "SAMPLES", 60)
     monkeypatch.setattr(bench, "Contestant", Here)
-    names = ["bvae", "plain", "eager_amp"] + ["pythae"] * bool(importlib.util.find_spec("pythae"))
+    monkeypatch.setattr(compiling, "compile_step", lambda batches, step: "no compiler")
+    names = ["bvae", "bvae_no_compile", "plain", "eager_amp"] + ["pythae"] * bool(importlib.util.find_spec("pythae"))
     path = tmp_path / "bench.json"
     bench.main(["--quick", "--device", "cpu", "--recipes", "cifar10", "--contestants", *names, "--json", str(path)])
     report = json.loads(path.read_text())
     for stage in ("stage1", "stage2"):
         assert list(report["cpu"][stage]) == names
         assert all(rate > 0 for rate in report["cpu"][stage].values())
+        compiled = {name: f.get("compiled") for name, f in report["cpu"]["cifar10"][stage].items()}
+        assert compiled == dict.fromkeys(names) | {"bvae": False, "bvae_no_compile": False}
     assert {name: report["cpu"][name] for name in names} == report["cpu"]["stage1"]
     text = table.describe_train(report)
     assert text.count("| `cifar10`, stage ") == 2
@@ -78,9 +83,10 @@ def test_the_documents_show_what_the_json_says(capsys):
 
 
 def test_a_contestant_is_a_process(needs_extension):
-    one = bench.Contestant("bvae", "cifar10", 2, "cpu", quick=True)
+    one = bench.Contestant("bvae_no_compile", "cifar10", 2, "cpu", quick=True)
     assert one.time(1) > 0 and one.time(2) > 0
-    assert 50 < one.end() < 20_000 and one.process.returncode == 0
+    facts = one.end()
+    assert 50 < facts["peak_memory_mib"] < 20_000 and facts["compiled"] is False and one.process.returncode == 0
     other = bench.Contestant("nobody", "cifar10", 2, "cpu", quick=True)
     with pytest.raises(SystemExit, match="nobody ended with exit code 1"):
         other.time(1)
@@ -93,8 +99,10 @@ TINY = [
 ]  # fmt: skip
 
 
-def test_bf16_ends_where_fp32_does(tmp_path):
+def test_bf16_ends_where_fp32_does(tmp_path, monkeypatch):
     """A short variant of tools/check_precision.py: within 10 % of the reference, not within its range."""
+    for module in (precision, trainer):
+        monkeypatch.setattr(module, "has_bf16", lambda device: True)
     path = tmp_path / "p.json"
     precision.main(["--seeds", "2", "--device", "cpu", "--json", str(path), "--", *TINY])
     compared = [c for c in json.loads(path.read_text())["compared"] if c["way"] == "bf16"]
@@ -109,11 +117,20 @@ def test_the_reference_is_without_tf32(tmp_path, monkeypatch):
     def train(argv):
         allowed[argv[-1].rpartition("/")[2]] = torch.backends.cudnn.allow_tf32
 
+    monkeypatch.setattr(precision, "has_bf16", lambda device: True)
     monkeypatch.setattr(precision, "train", train)
     monkeypatch.setattr(precision, "final", lambda out: {"mse": 1.0})
     assert precision.main(["--seeds", "2", "--device", "cpu"]) == 0
     assert allowed == {"fp32-0": False, "bf16-0": True, "fp32-1": False, "bf16-1": True}
     assert torch.backends.cudnn.allow_tf32
+
+
+def test_where_amp_would_be_fp32_there_is_nothing_to_compare(monkeypatch, capsys):
+    monkeypatch.setattr(precision, "has_bf16", lambda device: False)
+    with pytest.raises(SystemExit) as stopped:
+        precision.main(["--device", "cpu"])
+    assert stopped.value.code == 2
+    assert "has no bf16 units" in capsys.readouterr().err
 
 
 def test_every_contestant_has_the_kernels_of_its_precision(monkeypatch):

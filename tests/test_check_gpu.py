@@ -9,7 +9,11 @@ SCRIPT = Path(__file__).parents[1] / "tools" / "check_gpu.sh"
 PYTHON = """#!/bin/sh
 echo "caching ${PYTORCH_NO_CUDA_MEMORY_CACHING:-on}: $*" >>"$CALLS"
 case "$*" in
-*--collect-only*) printf 'tests/%s\\n' 'test_ops.py::test_a[1]' test_ops.py::test_b data/test_x.py::test_c ;;
+*--collect-only*)
+    [ "$FAILING" = collect-only ] ||
+        printf 'tests/%s\\n' 'test_ops.py::test_a[1]' test_ops.py::test_b data/test_x.py::test_c
+    ;;
+*"$SLOW"*) exec sleep 60 ;;
 *"$FAILING"*) echo 'what went wrong'; exit 3 ;;
 esac
 """
@@ -20,7 +24,7 @@ shift 4
 """
 
 
-def check(tmp_path, failing):
+def check(tmp_path, failing="nothing that is run", slow="nothing that is run", **more):
     """(the exit code, what was printed, the calls) of a check in which commands with `failing` in them fail."""
     (tmp_path / "bin").mkdir()
     for name, text in (("python", PYTHON), ("compute-sanitizer", SANITIZER)):
@@ -30,6 +34,8 @@ def check(tmp_path, failing):
         "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "CALLS": str(tmp_path / "calls"),
         "FAILING": failing,
+        "SLOW": slow,
+        **more,
     }
     done = subprocess.run(["bash", str(SCRIPT), str(tmp_path / "out")], env=environment, capture_output=True, text=True)
     assert not done.stderr
@@ -37,7 +43,7 @@ def check(tmp_path, failing):
 
 
 def test_each_file_of_tests_has_its_process_and_memcheck_sees_each_tensor(tmp_path):
-    code, shown, calls = check(tmp_path, "nothing that is run")
+    code, shown, calls = check(tmp_path)
     assert code == 0 and "FAILED" not in shown
     assert [c for c in calls if c.startswith("caching on: -m pytest -q -m gpu")] == [
         "caching on: -m pytest -q -m gpu tests/data/test_x.py",
@@ -53,3 +59,26 @@ def test_a_row_that_failed_is_shown_and_ends_the_check_with_an_error(tmp_path):
     (row,) = [line for line in shown.splitlines() if "FAILED" in line]
     assert row.startswith("test_x ") and "FAILED 3" in row and row.endswith("what went wrong")
     assert any("bvae.train" in c for c in calls), "the rest is run all the same"
+
+
+def test_what_there_is_no_time_for_is_shown(tmp_path):
+    code, shown, calls = check(tmp_path, slow="bench_kernels", LIMIT="4")
+    assert code == 1
+    rows = {line.split()[0]: line for line in shown.splitlines() if line and not line.startswith("==")}
+    assert " ok " in rows["bench_train"]
+    assert " NO TIME " in rows["bench_kernels"]
+    assert rows["bench_stream"].endswith("not run: no time")
+    assert not any("bench_stream" in c for c in calls)
+
+
+def test_some_rows_alone(tmp_path):
+    code, shown, calls = check(tmp_path, ONLY="^(build|test_x)$")
+    assert code == 0
+    assert [line.split()[1] for line in shown.splitlines() if line.startswith("==")] == ["build:", "test_x:"]
+    assert len(calls) == 3, "and the collection"
+
+
+def test_where_no_test_is_found_that_is_a_failure(tmp_path):
+    code, shown, _ = check(tmp_path, "collect-only")
+    assert code == 1
+    assert "test_collect " in shown and "FAILED" in shown

@@ -1,5 +1,6 @@
 """Steps whose passes torch.compile has made, against those that Python runs."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -13,17 +14,21 @@ import torch._inductor.config
 from safetensors.torch import load_file
 from test_graph import everything, make, run, same
 
-from bvae import ops
+from bvae import compiling, graph, ops
 from bvae.balance import BalancedLoss
 from bvae.batches import ImageBatches
+from bvae.checkpoint import load_checkpoint
+from bvae.compiling import FEWEST, PAYS, choose_way, compile_step
 from bvae.config import PRESETS
-from bvae.graph import Eager, compile_step, make_runner
+from bvae.errors import UserError
+from bvae.graph import Eager, Graph, make_runner
 from bvae.models.conv import Conv3x3
 from bvae.models.half import Linear
 from bvae.models.norm import BatchNormReLU, batch_norms
 from bvae.models.vae import VAE, first_stage
 from bvae.step import Step
 from bvae.train import main
+from bvae.world import World
 
 COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler, which torch.compile needs")
@@ -207,6 +212,167 @@ def test_a_run_that_cannot_be_compiled_says_why(monkeypatch, tmp_path, capfd):
     assert "Traceback" not in captured.out + captured.err
 
 
+# ---- which is faster ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Steps that take as long as it says, by whether they are compiled: they run, and are counted, all the same."""
+
+    class Clock:
+        def __init__(self):
+            self.seconds, self.steps = {False: 1.0, True: 1.0}, {False: 0, True: 0}
+
+        def __call__(self, runner, batches, step, steps):
+            batches.begin(0)
+            run(runner, min(steps, batches.steps))
+            compiled = step.objective != step._objective
+            self.steps[compiled] += steps
+            return steps * self.seconds[compiled]
+
+    clock = Clock()
+    monkeypatch.setattr(compiling, "_seconds", clock)
+    return clock
+
+
+def choose(batches, step, total, wanted=None):
+    """(the way, what it said)."""
+    said = []
+    way = choose_way(batches, step, True, wanted, total, said.append)
+    batches.begin(0)
+    return way, said
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("faster", [False, True])
+@pytest.mark.parametrize("kind", [Eager, Graph])
+def test_a_long_stage_takes_what_is_faster(traced, clock, monkeypatch, stage, faster, kind):
+    if kind is Graph:  # as on CUDA, whose recordings are here the programs themselves
+        monkeypatch.setattr(graph, "_recording", lambda: contextlib.nullcontext(lambda program: program))
+        monkeypatch.setattr(compiling, "make_runner", lambda batches, step, wanted: Graph(batches, step))
+    clock.seconds = {False: 2.0, True: 1.0 if faster else 3.0}
+    chosen, other = make(stage), make(stage)
+    before = everything(*chosen)
+    way, said = choose(*chosen, FEWEST)
+    assert way.compiled == faster and isinstance(way.runner, kind)
+    assert min(clock.steps.values()) > 1
+    same(everything(*chosen), before)
+    assert len(said) == 2
+    assert said[1].startswith("compiled: a step takes 2e+03 ms" if faster else "not compiled: a step takes 2e+03 ms")
+    if faster:
+        assert compile_step(*other) is None
+        other[0].begin(0)
+    run(way.runner, 5)
+    run(Eager(*other, ""), 5)
+    same(everything(*chosen), everything(*other))
+
+
+def test_a_stage_that_compilation_would_not_pay_for_is_left_as_it_is(traced, clock):
+    batches, step = make()
+    clock.seconds = {False: 0.99 * PAYS["cpu"] / FEWEST, True: 0.0}
+    way, said = choose(batches, step, FEWEST)
+    assert not way.compiled and not said
+    assert clock.steps[True] == 0
+    clock.seconds[False] *= 1.02
+    assert choose(batches, step, FEWEST)[0].compiled
+
+
+def test_a_stage_of_few_steps_is_not_even_timed(traced, clock):
+    clock.seconds[False] = 1e9
+    way, said = choose(*make(), FEWEST - 1)
+    assert not way.compiled and not said
+    assert clock.steps == {False: 0, True: 0}
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_what_is_asked_for_is_not_tried(traced, clock, wanted):
+    clock.seconds = {False: 1e3, True: 1e6 if wanted else 0.0}
+    assert choose(*make(), 10**6, wanted)[0].compiled == wanted
+    assert clock.steps == {False: 0, True: 0}
+
+
+def test_where_torch_compile_fails_the_trial_ends(monkeypatch, clock):
+    def fail(*_):
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=fail))
+    chosen, plain = make(), make()
+    way, said = choose(*chosen, 10**6)
+    assert not way.compiled
+    assert said[1:] == ["not compiled: OSError: no compiler"]
+    run(way.runner, 3)
+    run(Eager(*plain, ""), 3)
+    same(everything(*chosen), everything(*plain))
+
+
+def test_where_another_rank_cannot_compile_none_does(traced, monkeypatch):
+    batches, step = make()
+    step.world = World(0, 2)
+    monkeypatch.setattr(World, "largest", lambda world, *values: [1])
+    assert compile_step(batches, step) == "another rank could not"
+    assert step.objective == step._objective
+
+
+def test_compiled_steps_that_cannot_be_recorded_leave_the_recording_there_is(traced, clock, monkeypatch):
+    """As on CUDA, where a replay does not look at the step's objective."""
+    recorded = []
+
+    def record(batches, step, wanted):
+        recorded.append(step.objective != step._objective)
+        runner = Eager(batches, step, "recording failed: no memory")
+        if not recorded[-1]:
+            runner.why_eager = None
+        return runner
+
+    monkeypatch.setattr(compiling, "make_runner", record)
+    batches, step = make()
+    way, said = choose(batches, step, 10**6)
+    assert recorded == [False, True]
+    assert not way.compiled and way.runner.why_eager is None
+    assert said[1:] == ["not compiled: recording failed: no memory"]
+    assert step.objective == step._objective
+
+
+def test_a_rank_whose_compiled_steps_cannot_be_recorded_says_what_to_do(traced, clock, monkeypatch):
+    def record(batches, step, wanted):
+        if step.objective != step._objective:
+            raise UserError("rank 1: recording failed: no memory; start with --no-graph")
+        return Eager(batches, step, "")
+
+    monkeypatch.setattr(compiling, "make_runner", record)
+    with pytest.raises(UserError, match="start with --no-graph, or with --no-compile: its steps were compiled"):
+        choose(*make(), 10**6)
+
+
+def test_steps_are_timed_over_as_many_epochs_as_it_takes():
+    batches, step = make(count=9)
+    assert batches.steps == 2
+    batches.begin(0)
+    with graph.undone(batches, step):
+        assert compiling._seconds(Eager(batches, step, ""), batches, step, 5) > 0
+        assert step.sums.counts.tolist() == [5, 0]
+    assert step.sums.counts.tolist() == [0, 0]
+
+
+def test_a_resumed_run_goes_on_with_what_its_trial_found(traced, clock, monkeypatch, tmp_path, capfd):
+    """To the bit, whatever a second trial would find."""
+    monkeypatch.setattr(compiling, "FEWEST", 1)
+    clock.seconds = {False: 1e3, True: 1e2}
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    assert main([*TINY, "--out", str(whole), "--max-steps", "8"]) == 0
+    assert main([*TINY, "--out", str(stopped), "--max-steps", "8", "--epochs2", "1"]) == 0
+    assert load_checkpoint(stopped / "checkpoints/last.safetensors")[1]["compiled"] is True
+    out = capfd.readouterr().out
+    assert out.count("compiled: a step takes 1e+06 ms without torch.compile, 1e+05 ms with it") == 4
+    clock.seconds = {False: 1e3, True: 1e4}
+    assert main(["--resume", str(stopped), "--epochs2", "12"]) == 0
+    assert "stage 2: compiling" in capfd.readouterr().out
+    a, b = (load_file(run / "model.safetensors") for run in (stopped, whole))
+    same(a, b)
+    assert main(["--resume", str(stopped), "--no-compile", "--max-steps", "9"]) == 0
+    assert "compil" not in capfd.readouterr().out
+
+
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
 
 
@@ -229,3 +395,20 @@ def test_a_graph_records_compiled_steps(stage, amp):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert compiled[1].sums.counts.tolist() == [10, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_trial_on_a_gpu_ends_with_a_graph_and_changes_nothing(stage):
+    batches, step = make(stage, device="cuda", amp=True)
+    before = everything(batches, step)
+    way, said = choose(batches, step, 10**9)
+    assert way.runner.why_eager is None
+    same(everything(batches, step), before)
+    assert " a step takes " in said[-1]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(way.runner, 9)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert step.sums.counts.tolist() == [9, 0]

@@ -126,13 +126,25 @@ def test_every_balance_trains(tmp_path: Path, balance: list[str]) -> None:
     assert gamma2 == pytest.approx({"--gamma": 0.01, "--beta": 1.0}[balance[1]]) if balance[1:] else 0 < gamma2 < 1
 
 
-def test_amp_trains(tmp_path: Path) -> None:
+def test_amp_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 learns as fp32 does: the same seed ends near the same error."""
+    monkeypatch.setattr(trainer, "has_bf16", lambda device: True)
     plain, amp = train(tmp_path / "plain", "--epochs", "12"), train(tmp_path / "amp", "--amp", "--epochs", "12")
     first = read_metrics(tmp_path / "amp")[0]["mse"]
     assert amp["stage1"]["mse_sampled"] == pytest.approx(plain["stage1"]["mse_sampled"], rel=0.1)
     assert amp["stage1"]["mse_sampled"] < 0.8 * first
     assert train(tmp_path / "flipped", "--hflip")["stage1"]["mse_sampled"] < first
+
+
+def test_amp_without_bf16_units_is_fp32(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """... which is many times faster there, and says so."""
+    monkeypatch.setattr(trainer, "has_bf16", lambda device: False)
+    train(tmp_path / "amp", "--amp")
+    assert capsys.readouterr().out.count("--amp: in fp32, for there are no bf16 units here\n") == 1
+    fp32, amp = (load_file(p / "model.safetensors") for p in (run, tmp_path / "amp"))
+    assert all(torch.equal(fp32[name], amp[name]) for name in fp32)
 
 
 def test_computed_gamma_keeps_the_balance_and_a_fixed_one_does_not(tmp_path: Path) -> None:

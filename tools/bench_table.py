@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = {
     "bvae": "bvae",
     "bvae_compile": "bvae `--compile`",
+    "bvae_no_compile": "bvae `--no-compile`",
     "plain": "plain loop",
     "eager_amp": "eager AMP",
     "compile": "torch.compile",

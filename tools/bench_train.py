@@ -6,12 +6,13 @@
 
 The contestants, each over stage 1 and stage 2 of a recipe:
 
-    bvae          what `python -m bvae.train --amp` runs a step (on CUDA from a CUDA graph)
-    bvae_compile  the same with `--compile`
-    plain         the loop people write: fp32, DataLoader, PyTorch's own layers and loss, `.item()` every step
-    eager_amp     a careful loop: data on the device, bf16 autocast, channels_last, fused Adam, nothing read back
-    compile       the same with torch.compile(mode="max-autotune") over network and loss
-    pythae        pythae's BaseTrainer, with amp on CUDA (it has none on a CPU); left out where it is not installed
+    bvae             what `python -m bvae.train --amp` runs a step of a long stage: on CUDA from a CUDA graph, compiled
+                     where it finds that faster (the JSON tells)
+    bvae_no_compile  the same with `--no-compile`
+    plain            the loop people write: fp32, DataLoader, PyTorch's own layers and loss, `.item()` every step
+    eager_amp        a careful loop: data on the device, bf16 autocast, channels_last, fused Adam, nothing read back
+    compile          the same with torch.compile(mode="max-autotune") over network and loss
+    pythae           pythae's BaseTrainer, with amp on CUDA (none on a CPU); left out where it is not installed
 
 Each is a process of its own, with what it would have set in it: bvae's are told what bvae.train tells them, the others
 are left as PyTorch starts. They take turns, round after round, so that a machine whose speed drifts slows all alike; a
@@ -46,8 +47,8 @@ from torch.utils.data import DataLoader, Dataset
 from bvae import ops
 from bvae.balance import BalancedLoss
 from bvae.batches import Batches, ImageBatches, LatentBatches
+from bvae.compiling import choose_way
 from bvae.config import Config, find_preset
-from bvae.graph import compile_step, make_runner
 from bvae.machine import describe_device, has_bf16, pick_device, prepare_process, training_kernels, versions
 from bvae.models.conv import Conv3x3, ConvTranspose3x3
 from bvae.models.half import Linear
@@ -57,6 +58,7 @@ from bvae.step import Step
 
 SAMPLES = 5_000
 Run = Callable[[int], None]  # trains so many steps
+FACTS: dict[str, Any] = {}  # what there is to tell of this process's contestant beside its times
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -135,22 +137,22 @@ class Contestant:
 
     def time(self, steps: int) -> float:
         """Seconds that so many steps take."""
-        return self._ask(steps)
+        return float(self._ask(steps))
 
-    def end(self) -> float:
-        """MiB that it held at most: on CUDA torch's allocator, on a CPU the process."""
-        memory = self._ask(0)
+    def end(self) -> dict[str, Any]:
+        """What there is to tell of it; "peak_memory_mib": of torch's allocator on CUDA, of the process on a CPU."""
+        facts: dict[str, Any] = json.loads(self._ask(0))
         self.process.communicate()
-        return memory
+        return facts
 
-    def _ask(self, steps: int) -> float:
+    def _ask(self, steps: int) -> str:
         assert self.process.stdin is not None and self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended, which reading tells
             self.process.stdin.write(f"{steps}\n")
             self.process.stdin.flush()
         if not (answer := self.process.stdout.readline()):
             sys.exit(f"error: {self.name} ended with exit code {self.process.wait()}")
-        return float(answer)
+        return answer
 
 
 def serve(name: str, config: Config, stage: int, device: torch.device) -> None:
@@ -161,7 +163,9 @@ def serve(name: str, config: Config, stage: int, device: torch.device) -> None:
         prepare_process()
     run = contestant(name, config, stage, device)
     for line in sys.stdin:
-        print(timed(run, int(line), device) if int(line) else peak_memory(device), file=answers, flush=True)
+        steps = int(line)
+        facts = {"peak_memory_mib": peak_memory(device), **FACTS}
+        print(timed(run, steps, device) if steps else json.dumps(facts), file=answers, flush=True)
 
 
 def measure(contestants: dict[str, Contestant], batch: int, rounds: int, seconds: float) -> dict[str, dict[str, Any]]:
@@ -182,7 +186,7 @@ def measure(contestants: dict[str, Contestant], batch: int, rounds: int, seconds
             "lowest": min(rates),
             "highest": max(rates),
             "steps_per_s": 1 / statistics.median(times[name]),
-            "peak_memory_mib": one.end(),
+            **one.end(),
         }
         if "bvae" in times:
             ratios = [a / b for a, b in zip(times[name], times["bvae"], strict=True)]
@@ -218,12 +222,12 @@ def wait(device: torch.device) -> None:
 
 def show(recipe: str, stage: int, config: Config, figures: dict[str, dict[str, Any]]) -> None:
     print(f"\n{recipe} ({config.side}x{config.side}), stage {stage}, batch {config.batch}")
-    print(f"  {'':12} {'images/s':>10}  {'lowest - highest':>21} {'steps/s':>9} {'bvae is':>8} {'peak MiB':>9}")
+    print(f"  {'':15} {'images/s':>10}  {'lowest - highest':>21} {'steps/s':>9} {'bvae is':>8} {'peak MiB':>9}")
     for name, f in figures.items():
         span = f"{f['lowest']:.1f} - {f['highest']:.1f}"
         faster = f"{f['bvae_is_faster_by']:.2f}x" if "bvae_is_faster_by" in f else ""
         rate = f"{f['images_per_s']:10.1f}  {span:>21} {f['steps_per_s']:9.2f}"
-        print(f"  {name:12} {rate} {faster:>8} {f['peak_memory_mib']:9.0f}")
+        print(f"  {name:15} {rate} {faster:>8} {f['peak_memory_mib']:9.0f}")
     sys.stdout.flush()
 
 
@@ -305,7 +309,7 @@ def with_plain_layers(module: Any) -> Any:
 # ---- bvae -----------------------------------------------------------------------------------------------------------
 
 
-def bvae(c: Config, stage: int, device: torch.device, compiled: bool = False) -> Run:
+def bvae(c: Config, stage: int, device: torch.device, compiled: bool | None = None) -> Run:
     model, amp = network(c, stage).to(device), has_bf16(device)
     loss = BalancedLoss(c.kl_weight if stage == 1 else 1.0, logits=stage == 1).to(device)
     batches: Batches
@@ -318,11 +322,11 @@ def bvae(c: Config, stage: int, device: torch.device, compiled: bool = False) ->
     step = Step(model, loss, ops.make_rng(0, device), c.latents, amp, c.l2, penalised)
     step.set_lr(c.lr)
     batches.begin(0)
-    if compiled and (why := compile_step(batches, step)) is not None:
-        sys.exit(f"error: bvae_compile: {why}")
-    runner = make_runner(batches, step, wanted=True)
+    endless = 10**9  # as long as it takes for a trial of torch.compile to pay
+    runner, FACTS["compiled"] = choose_way(batches, step, True, compiled, endless, lambda text: print(text, flush=True))
     if device.type == "cuda" and runner.why_eager is not None:
         sys.exit(f"error: {runner.why_eager}")  # what is measured would not be what bvae.train runs
+    batches.begin(0)
     left = batches.steps
 
     def run(steps: int) -> None:
@@ -337,8 +341,8 @@ def bvae(c: Config, stage: int, device: torch.device, compiled: bool = False) ->
     return run
 
 
-def bvae_compile(c: Config, stage: int, device: torch.device) -> Run:
-    return bvae(c, stage, device, compiled=True)
+def bvae_no_compile(c: Config, stage: int, device: torch.device) -> Run:
+    return bvae(c, stage, device, compiled=False)
 
 
 # ---- loops people write ---------------------------------------------------------------------------------------------
@@ -418,9 +422,10 @@ def eager_amp(c: Config, stage: int, device: torch.device, compiled: bool = Fals
     optimizer = torch.optim.Adam(model.parameters(), lr=c.lr, fused=True)
     batches = resident(c, stage, device)
     gamma2 = torch.ones((), device=device)
+    amp = has_bf16(device)
 
     def forward(x: Tensor, gamma2: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             sse, kl = loss_parts(model, x, stage)
         return sse / (2 * gamma2) + kl + penalty(c, kernels), sse.detach()
 
@@ -502,7 +507,7 @@ def pythae(c: Config, stage: int, device: torch.device) -> Run:
 
 CONTESTANTS: dict[str, Callable[[Config, int, torch.device], Run]] = {
     "bvae": bvae,
-    "bvae_compile": bvae_compile,
+    "bvae_no_compile": bvae_no_compile,
     "plain": plain,
     "eager_amp": eager_amp,
     "compile": compile_,

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from bvae.machine import describe_device, pick_device, versions
+from bvae.machine import describe_device, has_bf16, pick_device, versions
 from bvae.train import main as train
 
 REFERENCE = "fp32"
@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.seeds < 2:
         parser.error("--seeds must be at least 2")
     device = pick_device(args.device)
+    if not has_bf16(device):
+        parser.error(f"{describe_device(device)} has no bf16 units: bvae.train --amp trains in fp32 there")
     compared = ways(device.type, args.compile)
     results: dict[str, list[dict[str, float]]] = {name: [] for name in compared}
     with tempfile.TemporaryDirectory() as folder:
