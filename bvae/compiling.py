@@ -105,8 +105,8 @@ def _faster(batches: Batches, step: Step, graph: bool, total: int, note: Callabl
     way = compiled if after < before else plain
     step.objective = objectives[way]
     note(
-        f"{'compiled' if way.compiled else 'not compiled'}: a step takes {1e3 * before:.3g} ms without torch.compile, "
-        f"{1e3 * after:.3g} ms with it"
+        f"{'compiled' if way.compiled else 'not compiled'}: a step takes {1e3 * before:.2f} ms without torch.compile, "
+        f"{1e3 * after:.2f} ms with it"
     )
     return way
 
