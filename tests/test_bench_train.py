@@ -71,11 +71,16 @@ def test_a_quick_measurement_and_its_table(tmp_path, monkeypatch, needs_extensio
     text = table.describe_train(report)
     assert text.count("| `cifar10`, stage ") == 2
     assert f"| {report['cpu']['bvae']:,.0f} |" in text
-    shown = table.inserted("before\n<!-- bench_train -->\n<!-- /bench_train -->\nafter", "bench_train", text)
-    assert table.inserted(shown, "bench_train", text) == shown
-    assert shown.startswith("before\n") and shown.endswith("\nafter")
-    assert table.inserted(shown, "bench_train", "other") != shown
-    assert table.inserted(shown, "bench_kernels", "other") == shown
+
+
+def test_tables_stand_between_their_markers():
+    both = {"cpu": "one\n", "cpu-amx": "other\n"}
+    text = "before\n<!-- bench_train{} -->\nold\n<!-- /bench_train -->\nafter"
+    for names, shown in (("", "one\n\nother\n"), (" cpu-amx", "other\n"), (" cpu-amx cpu", "other\n\none\n")):
+        written = table.inserted(text.format(names), "bench_train", both)
+        assert written == text.format(names).replace("old\n", shown)
+        assert table.inserted(written, "bench_train", both) == written
+        assert table.inserted(written, "bench_kernels", both) == written
 
 
 def test_the_documents_show_what_the_json_says(capsys):

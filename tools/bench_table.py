@@ -8,12 +8,14 @@ A document takes part with the two lines
     <!-- bench_train -->
     <!-- /bench_train -->
 
-or those of bench_kernels.
+or those of bench_kernels. `<!-- bench_train cpu cpu-amx -->` shows bench_train-cpu.json and bench_train-cpu-amx.json
+alone.
 --check changes nothing and ends with exit code 1 where a document does not show what the JSON files say.
 """
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -37,13 +39,13 @@ def main(argv: list[str] | None = None) -> int:
     documents = args.documents or [p for p in (ROOT / "README.md", ROOT / "docs/throughput.md") if p.exists()]
     tables = {}
     for name, describe in (("bench_train", describe_train), ("bench_kernels", describe_kernels)):
-        reports = [json.loads(p.read_text()) for p in sorted((ROOT / "benchmarks").glob(f"{name}-*.json"))]
-        tables[name] = "\n".join(map(describe, reports))
+        paths = sorted((ROOT / "benchmarks").glob(f"{name}-*.json"))
+        tables[name] = {p.stem.removeprefix(f"{name}-"): describe(json.loads(p.read_text())) for p in paths}
     stale = []
     for document in documents:
         text = written = document.read_text()
-        for name, table in tables.items():
-            written = inserted(written, name, table)
+        for name, described in tables.items():
+            written = inserted(written, name, described)
         if written != text:
             stale.append(document)
             if not args.check:
@@ -53,13 +55,13 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if args.check and stale else 0
 
 
-def inserted(text: str, name: str, table: str) -> str:
-    """`text` with `table` between the markers of `name`; as it is where it has none."""
-    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    if begin not in text:
+def inserted(text: str, name: str, tables: dict[str, str]) -> str:
+    """`text` with tables between the markers of `name`, those named there or all; as it is without markers."""
+    found = re.search(f"<!-- {name}((?: [a-z0-9-]+)*) -->\n(.*?)<!-- /{name} -->", text, re.DOTALL)
+    if found is None:
         return text
-    before, rest = text.split(begin, 1)
-    return f"{before}{begin}{table}{end}{rest.split(end, 1)[1]}"
+    shown = "\n".join(tables[key] for key in found[1].split() or tables)
+    return text[: found.start(2)] + shown + text[found.end(2) :]
 
 
 def circumstances(report: dict) -> str:
