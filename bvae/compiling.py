@@ -17,6 +17,7 @@ from bvae.step import Step
 
 FEWEST = 1_000  # steps of a stage, below which nothing is tried
 PAYS = {"cpu": 1_800.0, "cuda": 180.0}  # seconds that a stage must take for some percent of it to exceed compilation
+WORTH = 0.98  # of the time without; what is closer is as well left alone
 ROUNDS = 5
 TURN = 2.0  # seconds, about
 
@@ -104,7 +105,7 @@ def _faster(batches: Batches, step: Step, graph: bool, total: int, note: Callabl
     before, after = (statistics.median(seconds) for seconds in times.values())
     # Of turns beside each other: a machine whose speed drifts slows both alike.
     ratio = statistics.median(c / p for p, c in zip(times[plain], times[compiled], strict=True))
-    way = compiled if ratio < 1 else plain
+    way = compiled if ratio < WORTH else plain
     step.objective = objectives[way]
     note(
         f"{'compiled' if way.compiled else 'not compiled'}: a step takes {1e3 * before:.2f} ms without torch.compile, "
