@@ -71,6 +71,8 @@ def test_a_quick_measurement_and_its_table(tmp_path, monkeypatch, needs_extensio
     text = table.describe_train(report)
     assert text.count("| `cifar10`, stage ") == 2
     assert f"| {report['cpu']['bvae']:,.0f} |" in text
+    for bf16 in (True, False):
+        assert ("all train in fp32" in table.describe_train({**report, "bf16": bf16})) is not bf16
 
 
 def test_tables_stand_between_their_markers():

@@ -99,8 +99,8 @@ def describe_train(report: dict) -> str:
         lines.append(f"| `{recipe}`, stage {stage[-1]} | " + " | ".join(cells) + " |")
     lines.append("")
     lines.append(
-        f"{circumstances(report)} In brackets: how many times as fast bvae is, the median over rounds in which all "
-        "take turns."
+        f"{circumstances(report)}{' It has no bf16 units: all train in fp32.' * (not report['bf16'])} In brackets: how "
+        "many times as fast bvae is, the median over rounds in which all take turns."
     )
     return "\n".join(lines) + "\n"
 
