@@ -18,7 +18,7 @@ from bvae.step import Step
 FEWEST = 1_000  # steps of a stage, below which nothing is tried
 PAYS = {"cpu": 1_800.0, "cuda": 180.0}  # seconds that a stage must take for some percent of it to exceed compilation
 WORTH = 0.98  # of the time without; what is closer is as well left alone
-ROUNDS = 5
+ROUNDS = 7
 TURN = 2.0  # seconds, about
 
 
