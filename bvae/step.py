@@ -29,7 +29,7 @@ def vae_loss(
 
 def _reason(error: Exception) -> str:
     """Why torch.compile failed, in one line: that of the tool it called where its report has one."""
-    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line.strip() for line in str(error).partition("from user code:")[0].splitlines()]
     lines = [line for line in lines if line and not line.endswith("raised:")] or [type(error).__name__]
     return next((line for line in lines if "error: " in line), lines[0])
 
@@ -140,7 +140,7 @@ class Step:
         total = loss.loss
         if self.l2_kernels:
             total = total + self.l2 * torch.stack([w.square().sum() for w in self.l2_kernels]).sum()
-        return total, loss._replace(loss=loss.loss.detach()), moments
+        return total, Loss(loss.loss.detach(), *loss[1:]), moments
 
     def _gradients(self, x: Tensor, target: Tensor) -> tuple[Tensor, Loss, Tensor]:
         with self.copies:

@@ -26,7 +26,7 @@ from bvae.models.conv import Conv3x3
 from bvae.models.half import Linear
 from bvae.models.norm import BatchNormReLU, batch_norms
 from bvae.models.vae import VAE, first_stage
-from bvae.step import Step
+from bvae.step import Step, _reason
 from bvae.train import main
 from bvae.world import World
 
@@ -210,6 +210,12 @@ def test_a_run_that_cannot_be_compiled_says_why(monkeypatch, tmp_path, capfd):
     captured = capfd.readouterr()
     assert "stage 1: not compiled: OSError: no compiler\n" in captured.out
     assert "Traceback" not in captured.out + captured.err
+
+
+def test_a_reason_is_not_where_it_came_from():
+    where = "\n\nfrom user code:\n   File step.py, line 1"
+    assert _reason(AssertionError(where)) == "AssertionError"
+    assert _reason(RuntimeError(f"no such thing{where}")) == "no such thing"
 
 
 # ---- which is faster ------------------------------------------------------------------------------------------------
