@@ -12,7 +12,7 @@ import torch
 
 from bvae.batches import Batches
 from bvae.errors import UserError
-from bvae.graph import Runner, make_runner, undone
+from bvae.graph import Runner, make_runner, run_steps, undone
 from bvae.step import Step
 
 FEWEST = 1_000  # steps of a stage, below which nothing is tried
@@ -47,9 +47,9 @@ def compile_step(batches: Batches, step: Step) -> str | None:
 def choose_way(
     batches: Batches, step: Step, graph: bool, wanted: bool | None, total: int, note: Callable[[str], None]
 ) -> Way:
-    """The runner of a stage's steps, and whether they are compiled: see graph.Graph for when to call it.
+    """The runner of a stage's steps, and whether they are compiled. To be called in training mode.
 
-    Changes nothing but the gradients and the place in the epoch: Batches.begin is to be called again.
+    Changes nothing but the gradients and what Batches.begin sets, which is to be called after it.
 
     Args:
         graph: replay steps from a CUDA graph where that can be.
@@ -57,6 +57,7 @@ def choose_way(
         total: steps of the stage.
         note: is told in a line what takes minutes, and what came of it.
     """
+    batches.begin(0)
     if wanted is None:
         return _faster(batches, step, graph, total, note)
     if wanted:
@@ -78,11 +79,9 @@ def _faster(batches: Batches, step: Step, graph: bool, total: int, note: Callabl
         return plain
     note("trying whether torch.compile makes it faster, which may take minutes")
     objectives = {plain: step.objective}
-    batches.begin(0)
     if (why := compile_step(batches, step)) is not None:
         note(f"not compiled: {why}")
         return plain
-    batches.begin(0)
     try:
         compiled = Way(make_runner(batches, step, graph), True)
     except UserError as error:
@@ -117,15 +116,9 @@ def _faster(batches: Batches, step: Step, graph: bool, total: int, note: Callabl
 def _seconds(runner: Runner, batches: Batches, step: Step, steps: int) -> float:
     """What so many steps take, on the slowest rank: the same figure on all of them."""
     batches.begin(0)
-    left = batches.steps
     _wait(batches.device)
     started = time.perf_counter()
-    while steps:
-        if not left:
-            batches.begin(0)
-            left = batches.steps
-        n = runner.run(min(steps, left))
-        steps, left = steps - n, left - n
+    run_steps(runner, batches, steps, batches.steps)
     _wait(batches.device)
     (microseconds,) = step.world.largest(round(1e6 * (time.perf_counter() - started)))
     return microseconds / 1e6

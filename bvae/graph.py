@@ -113,6 +113,20 @@ def make_runner(batches: Batches, step: Step, wanted: bool, obstacle: str | None
     return Eager(batches, step, why)
 
 
+def run_steps(runner: Runner, batches: Batches, steps: int, left: int) -> int:
+    """Runs so many steps, of an epoch with `left` batches left and over the next ones, alike in what they take.
+
+    Returns how many batches are left then.
+    """
+    while steps:
+        if not left:
+            batches.begin(0)
+            left = batches.steps
+        n = runner.run(min(steps, left))
+        steps, left = steps - n, left - n
+    return left
+
+
 @contextmanager
 def undone(batches: Batches, step: Step) -> Iterator[Callable[[], None]]:
     """Puts back what steps in the block have changed, at its end and where it calls what this gives.

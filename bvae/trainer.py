@@ -223,11 +223,10 @@ class Trainer:
             stage.model.train()
             stage.step.loss.train()
             stage.step.set_lr(stage.lr_in(epoch))
-            stage.batches.begin(epoch, first)
             with training_kernels(self.device, self.amp):
                 if runner is None:
                     runner = self._runner(stage)
-                    stage.batches.begin(epoch, first)
+                stage.batches.begin(epoch, first)
                 started = time.monotonic()
                 end = min((epoch + 1) * steps, stage.total)
                 while stage.done < end:

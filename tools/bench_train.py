@@ -49,6 +49,7 @@ from bvae.balance import BalancedLoss
 from bvae.batches import Batches, ImageBatches, LatentBatches
 from bvae.compiling import choose_way
 from bvae.config import Config, find_preset
+from bvae.graph import run_steps
 from bvae.machine import describe_device, has_bf16, pick_device, prepare_process, training_kernels, versions
 from bvae.models.conv import Conv3x3, ConvTranspose3x3
 from bvae.models.half import Linear
@@ -321,7 +322,6 @@ def bvae(c: Config, stage: int, device: torch.device, compiled: bool | None = No
     penalised = l2_kernels(model, c.l2_on) if stage == 1 else []
     step = Step(model, loss, ops.make_rng(0, device), c.latents, amp, c.l2, penalised)
     step.set_lr(c.lr)
-    batches.begin(0)
     endless = 10**9  # as long as it takes for a trial of torch.compile to pay
     runner, FACTS["compiled"] = choose_way(batches, step, True, compiled, endless, lambda text: print(text, flush=True))
     if device.type == "cuda" and runner.why_eager is not None:
@@ -331,12 +331,7 @@ def bvae(c: Config, stage: int, device: torch.device, compiled: bool | None = No
 
     def run(steps: int) -> None:
         nonlocal left
-        while steps:
-            if not left:
-                batches.begin(1)
-                left = batches.steps
-            n = runner.run(min(steps, left))
-            steps, left = steps - n, left - n
+        left = run_steps(runner, batches, steps, left)
 
     return run
 
