@@ -3,11 +3,15 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from bvae import _moved
+
 if TYPE_CHECKING:
     from bvae.balance import BalancedLoss, FixedGammaLoss, LearnedGammaLoss, Loss
     from bvae.config import PRESETS, Config
     from bvae.errors import UserError
     from bvae.two_stage import TwoStageVAE, load
+
+_moved.install()
 
 __all__ = [
     "PRESETS",

@@ -15,18 +15,18 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bvae.batches import to_device
-from bvae.datasource import load_data
+from bvae.batches.resident import to_device
 from bvae.errors import UserError, run_command
-from bvae.fid_scores import NUM, FIDScorer
-from bvae.fid_scores import Progress as Follow
 from bvae.files import encode_json, write_atomically
 from bvae.machine import pick_device
 from bvae.metrics.cache import Cache, default_folder
 from bvae.metrics.extract import Extractor
+from bvae.metrics.fid_scores import NUM, FIDScorer
+from bvae.metrics.fid_scores import Progress as Follow
 from bvae.metrics.protocols import DEFAULT, PROTOCOLS
+from bvae.metrics.scores import encode_images, score_images, score_latents
 from bvae.metrics.weights import HELP, find_weights, load_inception
-from bvae.scores import encode_images, score_images, score_latents
+from bvae.run.data import load_data
 from bvae.two_stage import TwoStageVAE, load, read_run
 
 RESULTS = "results.json"

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from bvae import figures
 from bvae.errors import UserError, run_command
 from bvae.files import write_atomically
 from bvae.machine import pick_device
+from bvae.report import figures
 from bvae.two_stage import load, to_uint8
 
 MOST = 1_000_000  # images of one call: they are held in memory

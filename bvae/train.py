@@ -15,15 +15,15 @@ from typing import Annotated, Any
 
 import tyro
 
-from bvae.checkpoint import LAST
 from bvae.config import PRESETS, Config, find_preset
-from bvae.datasource import load_data
+from bvae.engine.trainer import Interrupted, Trainer
 from bvae.errors import UserError, run_command
 from bvae.files import encode_json, exists
 from bvae.machine import prepare_process
 from bvae.models.vae import count_parameters, first_stage, second_stage
-from bvae.report import write_report
-from bvae.trainer import Interrupted, Trainer
+from bvae.report.write import write_report
+from bvae.run.checkpoint import LAST
+from bvae.run.data import load_data
 from bvae.two_stage import read_config
 from bvae.world import Lost, World
 

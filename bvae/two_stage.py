@@ -11,12 +11,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from bvae import ops
-from bvae.checkpoint import BEST, LAST, digest, load_checkpoint, read_tensors, under
 from bvae.config import Config
 from bvae.errors import UserError
 from bvae.files import encode_json, exists, write_atomically, writing
 from bvae.metrics.latent import latent_variances, variance_law
 from bvae.models.vae import first_stage, second_stage
+from bvae.run.checkpoint import BEST, LAST, digest, load_checkpoint, read_tensors, under
 from bvae.seeds import derive
 
 CONFIG = "config.json"

@@ -3,7 +3,7 @@
 // The float functions are branch-free polynomials, so that a compiler vectorises a loop over them. On machines with
 // fused multiply-add (every GPU, AVX2, AVX-512, NEON) they give the same bits everywhere; the build switches off
 // the compiler's own contraction. They are written for few instructions: on a GPU, sampling is as much a matter of
-// arithmetic as of memory (docs/throughput.md). Largest errors, in units in the last place: sigma 1.2, sigma^2 - 1 1.5
+// arithmetic as of memory (docs/lab/throughput.md). Largest errors, in units in the last place: sigma 1.2, sigma^2 - 1 1.5
 // near collapse and 3.4 elsewhere, the logarithm 1, sine and cosine 2.4; tests/test_ops.py and test_ops_noise.py check
 // what is made of them. The double functions call libm: they serve gradcheck, not speed.
 #pragma once

@@ -9,7 +9,7 @@ from PIL import Image
 from bvae import sample
 from bvae.config import Config
 from bvae.errors import run_command
-from bvae.figures import image_grid
+from bvae.report.figures import image_grid
 from bvae.two_stage import TwoStageVAE, load, to_uint8
 
 CONFIG = Config(preset="shapes", side=8, scales=2, base=4, fc=8, latents=3, hidden=16)

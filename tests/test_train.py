@@ -17,14 +17,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import bvae
-from bvae import trainer
-from bvae.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from bvae.data import load
-from bvae.datasource import load_data
+from bvae.engine import trainer
+from bvae.engine.trainer import Interrupted, Trainer
 from bvae.errors import UserError, run_command
-from bvae.runlog import read_metrics
+from bvae.run.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
+from bvae.run.data import load_data
+from bvae.run.log import read_metrics
 from bvae.train import main, parse
-from bvae.trainer import Interrupted, Trainer
 
 TINY = [
     "--side",

@@ -14,12 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bvae.checkpoint import LAST, load_checkpoint
-from bvae.datasource import load_data
+from bvae.engine.trainer import Interrupted, Trainer
 from bvae.errors import UserError
-from bvae.runlog import read_metrics
+from bvae.run.checkpoint import LAST, load_checkpoint
+from bvae.run.data import load_data
+from bvae.run.log import read_metrics
 from bvae.train import main, parse
-from bvae.trainer import Interrupted, Trainer
 from bvae.world import World
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")

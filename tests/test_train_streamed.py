@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bvae.batches.mapped import is_mapped
+from bvae.batches.streamed import stays_in_file
 from bvae.config import Config
 from bvae.data.shapes import make_shapes
-from bvae.datasource import load_data
+from bvae.engine.trainer import Interrupted, Trainer
 from bvae.errors import run_command
-from bvae.mapped import is_mapped
-from bvae.streaming import stays_in_file
+from bvae.run.data import load_data
 from bvae.train import main, parse
-from bvae.trainer import Interrupted, Trainer
 
 pytest.importorskip("bvae._host", reason="the compiled extension is not there")
 
@@ -64,7 +64,7 @@ def test_streamed_and_in_memory_end_alike(folder, in_memory, tmp_path):
 
 
 def test_a_set_too_large_for_the_memory_is_streamed_by_itself(folder, in_memory, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("bvae.streaming.free_memory", lambda device: 100_000)  # images: 250 kB and 54 kB
+    monkeypatch.setattr("bvae.batches.streamed.free_memory", lambda device: 100_000)  # images: 250 kB and 54 kB
     assert_same(train(folder, tmp_path / "run", "auto"), in_memory)
 
 
@@ -102,11 +102,11 @@ def test_what_is_left_in_its_file(folder, tmp_path, monkeypatch):
     assert not is_mapped(kept.train)
     assert kept.digest == loaded.digest
     cpu = torch.device("cpu")
-    monkeypatch.setattr("bvae.streaming.free_memory", lambda device: 100_000)
+    monkeypatch.setattr("bvae.batches.streamed.free_memory", lambda device: 100_000)
     assert stays_in_file(str(folder), "auto", cpu)
     assert not stays_in_file(str(folder), "never", cpu)
     assert not stays_in_file(str(tmp_path / "nothing"), "auto", cpu)
-    monkeypatch.setattr("bvae.streaming.free_memory", lambda device: 10**9)
+    monkeypatch.setattr("bvae.batches.streamed.free_memory", lambda device: 10**9)
     assert not stays_in_file(str(folder), "auto", cpu)
 
 

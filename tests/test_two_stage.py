@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import bvae
-from bvae.checkpoint import BEST, LAST, prefixed, save_checkpoint
 from bvae.config import Config
 from bvae.errors import UserError
 from bvae.models.norm import flatten_statistics
+from bvae.run.checkpoint import BEST, LAST, prefixed, save_checkpoint
 from bvae.two_stage import TwoStageVAE, load, read_config, to_uint8
 
 CONFIG = Config(preset="shapes", side=8, scales=2, base=4, fc=8, latents=3, hidden=16)

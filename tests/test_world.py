@@ -13,14 +13,14 @@ import torch.multiprocessing as mp
 
 from bvae import ops
 from bvae.balance import make_loss
-from bvae.batches import ImageBatches, LatentBatches
+from bvae.batches.resident import ImageBatches, LatentBatches
 from bvae.config import Config
+from bvae.engine.graph import make_runner
+from bvae.engine.step import Step
 from bvae.errors import UserError
-from bvae.graph import make_runner
+from bvae.metrics.scores import encode_images, score_images, score_latents
 from bvae.models.norm import BatchNorm2d, batch_norms
 from bvae.models.vae import first_stage, second_stage
-from bvae.scores import encode_images, score_images, score_latents
-from bvae.step import Step
 from bvae.world import ALONE, Lost, World, gather
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")

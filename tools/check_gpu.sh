@@ -70,23 +70,23 @@ if [ "$device" = cuda ]; then
     done
     sanitize memcheck
 fi
-run bench_train python tools/bench_train.py --device "$device" --recipes cifar10 --json "$out/bench_train.json"
-run bench_kernels python tools/bench_kernels.py --device "$device" --json "$out/bench_kernels.json"
+run bench_train python benchmarks/bench_train.py --device "$device" --recipes cifar10 --json "$out/bench_train.json"
+run bench_kernels python benchmarks/bench_kernels.py --device "$device" --json "$out/bench_kernels.json"
 train cifar10
 if [ "$device" = cuda ]; then sanitize racecheck; fi
-run bench_stream python tools/bench_stream.py --device "$device" --steps $([ "$device" = cuda ] && echo 500 || echo 20) \
+run bench_stream python benchmarks/bench_stream.py --device "$device" --steps $([ "$device" = cuda ] && echo 500 || echo 20) \
     --json "$out/bench_stream.json"
-run bench_train_celeba python tools/bench_train.py --device "$device" --recipes celeba --json "$out/bench_train_celeba.json"
+run bench_train_celeba python benchmarks/bench_train.py --device "$device" --recipes celeba --json "$out/bench_train_celeba.json"
 run shapes python -m bvae.train --device "$device" --out "$out/shapes"
 train compiled --compile
 train learned --balance learned
 if [ -n "${BVAE_INCEPTION:-}" ]; then
-    run bench_fid python tools/bench_fid.py --device "$device" --json "$out/bench_fid.json"
+    run bench_fid python benchmarks/bench_fid.py --device "$device" --json "$out/bench_fid.json"
     for name in cifar10 learned; do
         [ -d "$out/$name" ] && run "fid_$name" python -m bvae.evaluate "$out/$name" --device "$device" --json "$out/fid_$name.json"
     done
 fi
-run precision python tools/check_precision.py --compile --device "$device" --json "$out/check_precision.json"
+run precision python benchmarks/check_precision.py --compile --device "$device" --json "$out/check_precision.json"
 
 echo
 printf '%s\n' "${table[@]}"

@@ -3,7 +3,7 @@
 oneDNN computes it in bf16 row by row of the image and, with AMX, pads every row to the 32 pixels that a tile
 multiplies: on the small images of the inner scales nearly all of that is padding. Where the stride is 2 it is slow
 without AMX too. There it is one matrix product instead, of the output's gradient and the input's 3x3 neighbourhoods
-(docs/throughput.md has the figures).
+(docs/lab/throughput.md has the figures).
 """
 
 from typing import Any

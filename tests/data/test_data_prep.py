@@ -31,8 +31,8 @@ from bvae.data.decoders.pillow import decode_image
 from bvae.data.images import digest_of_files
 from bvae.data.prep import prepare
 from bvae.data.recipe import Recipe
-from bvae.datasource import load_data
 from bvae.errors import UserError
+from bvae.run.data import load_data
 
 RECIPE = Recipe(size=16, channels=3)
 REAL = os.environ.get("BVAE_TEST_CELEBA")

@@ -1,0 +1,1 @@
+"""A run's folder: its log, checkpoints, trackers and data."""
