@@ -1,10 +1,11 @@
 """NumPy files (.npy, .npz), pairs of them in a folder, and the check that every array of images passes."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from bvae.data.recipe import Size, both_sides, size_text
 from bvae.data.refusal import refusal
 
 # (train, test) in an .npz: the first pair whose train is there. Without any, a single array is train.
@@ -55,19 +56,49 @@ class Rows:
         return len(self.index)
 
     def __getitem__(self, key: Any) -> np.ndarray:
-        """Of a row number, a slice or an array of row numbers."""
+        """Of a row number, a slice, or an array of row numbers or bools."""
         return self.base[self.index[key]]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.base[self.index], dtype)
 
 
-def check_images(array: np.ndarray, where: str, side: int, channels: int, mapped: bool = False) -> np.ndarray:
-    """The array as C-contiguous, writable uint8 [N, side, side, channels] in memory, unless it is something else.
+def divide(images: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(the others, the chosen) of images [N, ...], by bool [N]; each in the order it had.
+
+    Of mapped images the chosen are read, and `Rows` stand in for the others.
+    """
+    others = np.flatnonzero(~chosen)
+    if isinstance(images, Rows):
+        return cast(np.ndarray, Rows(images.base, images.index[others])), images[chosen]
+    taken = np.asarray(images[chosen])
+    return (cast(np.ndarray, Rows(images, others)) if isinstance(images, np.memmap) else images[others]), taken
+
+
+def as_array(images: Any, where: str) -> np.ndarray:
+    """A NumPy array, or the contents of a tensor, as an array; UserError for what is neither."""
+    if hasattr(images, "detach"):
+        images = images.detach().cpu().numpy()
+    if not isinstance(images, np.ndarray | Rows):
+        raise refusal(where, f"a NumPy array or a tensor is expected, not {type(images).__name__}")
+    return cast(np.ndarray, images)
+
+
+def image_size(array: np.ndarray, where: str) -> tuple[tuple[int, int], int]:
+    """((height, width), channels) of [N, H, W, C] or [N, H, W]. Raises UserError for another shape."""
+    if array.ndim not in (3, 4):
+        raise refusal(where, f"has shape {list(array.shape)}; [N, H, W, C] or [N, H, W] is expected")
+    height, width = array.shape[1:3]
+    return (height, width), array.shape[3] if array.ndim == 4 else 1
+
+
+def check_images(array: np.ndarray, where: str, side: Size, channels: int, mapped: bool = False) -> np.ndarray:
+    """The array as C-contiguous, writable uint8 [N, height, width, channels] in memory, unless it is something else.
 
     Args:
         array: uint8 [N, H, W, C] or, for one channel, [N, H, W].
         where: the file, and the key or folder in it, for messages.
+        side: height and width that are expected, or one number for both.
         mapped: leave a C-contiguous mapped array as it is, on the disk and read-only.
 
     Raises:
@@ -86,17 +117,17 @@ def check_images(array: np.ndarray, where: str, side: int, channels: int, mapped
     if depth not in (1, 3):
         hint = "; channels come last" if height in (1, 3) else ""
         raise refusal(where, f"has shape {shape}; [N, H, W, C] with 1 or 3 channels is expected{hint}")
-    if height != width:
-        raise refusal(where, f"holds images of {height}x{width}; square images are expected")
     if depth != channels:
         raise refusal(
             where, f"holds images of {depth} channel(s), {channels} expected: pass --channels {depth} or other data"
         )
-    if height != side:
+    if (height, width) != (expected := both_sides(side)):
         raise refusal(
-            where, f"holds images of {height}x{width}, {side}x{side} expected: pass --side {height} or resize them"
+            where,
+            f"holds images of {height}x{width}, {expected[0]}x{expected[1]} expected: "
+            f"pass --side {size_text(height, width)} or resize them",
         )
-    if mapped and isinstance(array, np.memmap) and array.flags.c_contiguous:
+    if mapped and (isinstance(array, Rows) or (isinstance(array, np.memmap) and array.flags.c_contiguous)):
         return array
     # A copy of mapped or read-only memory: nothing may change under a run, and torch wants writable arrays.
     if not array.flags.writeable or isinstance(array, np.memmap):

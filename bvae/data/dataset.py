@@ -1,15 +1,15 @@
 """`load`: from a path, or none, to a checked data set."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bvae.data import arrays, cifar, idx, images, jpeg, shapes
 from bvae.data.archive import ARCHIVES, open_source
 from bvae.data.decoders import open_decoder
-from bvae.data.recipe import Crop, Recipe
+from bvae.data.recipe import Crop, Recipe, Size, size_text
 from bvae.data.refusal import refusal
 from bvae.data.splits import TEST, TRAIN, hold_out, make_plan
 from bvae.data.store import Store, array_digest, has_meta, joint_digest
@@ -23,12 +23,13 @@ class Factors:
     """The true factors behind generated images.
 
     names: of the columns, see `bvae.data.shapes.RANGES` for their units.
-    train, test: float32 [N, 8] and [M, 8], a row for each image.
+    train, test: float32 [N, 8] and [M, 8], a row for each image; val likewise, where images are held out.
     """
 
     names: tuple[str, ...]
     train: np.ndarray
     test: np.ndarray
+    val: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,69 @@ class Dataset:
     """Images, in memory or mapped.
 
     name: "shapes", "cifar10", or the name of the file or folder they came from.
-    train, test: uint8 [N, H, W, C] and [M, H, W, C], C-contiguous, H = W, C 1 or 3. In memory and writable, unless
-        they were to stay mapped: then read-only, and `train` of a .npy is an `arrays.Rows`, which stands in for one.
+    train, test: uint8 [N, H, W, C] and [M, H, W, C], C-contiguous, C 1 or 3. In memory and writable, unless they were
+        to stay mapped: then read-only, and `train` of a .npy is an `arrays.Rows`, which stands in for one.
     digest: "sha256:..." over the shapes and pixels of train and test; equal digests mean equal data.
     factors: of shapes only.
+    val: uint8 [V, H, W, C], the images that `hold_out` has moved here from `train`.
     """
 
     name: str
     train: np.ndarray
     test: np.ndarray
     digest: str
-    factors: Factors | None
+    factors: Factors | None = None
+    val: np.ndarray | None = None
+
+    @staticmethod
+    def from_arrays(train: Any, test: Any = None, *, name: str = "arrays", seed: int = 0) -> "Dataset":
+        """A data set of images that are in memory, or mapped, already.
+
+        Args:
+            train: uint8 [N, H, W, C] with 1 or 3 channels, or [N, H, W]: a NumPy array, or a tensor, which is copied
+                from its device. A `numpy.memmap` stays on the disk.
+            test: the same, of the same size and channels; by default a tenth of `train`, taken out at random by `seed`.
+            name: for messages and reports.
+
+        Raises:
+            UserError: for another dtype or shape; nothing is converted. For a single image without `test`.
+        """
+        train = arrays.as_array(train, f"{name} (train)")
+        size, channels = arrays.image_size(train, f"{name} (train)")
+        train = arrays.check_images(train, f"{name} (train)", size, channels, mapped=True)
+        if test is None:
+            train, test = _without_tenth(name, train, seed)
+        else:
+            test = arrays.as_array(test, f"{name} (test)")
+            if (theirs := arrays.image_size(test, f"{name} (test)")) != (size, channels):
+                (h, w), (test_h, test_w) = size, theirs[0]
+                raise UserError(f"{name}: train is of {h}x{w}x{channels}, test of {test_h}x{test_w}x{theirs[1]}")
+            test = arrays.check_images(test, f"{name} (test)", size, channels, mapped=True)
+        return Dataset(name, train, test, joint_digest(array_digest(train), array_digest(test)))
+
+    def hold_out(self, n: int, seed: int = 0) -> "Dataset":
+        """This data set with `n` images of `train`, chosen at random by `seed`, moved to `val`.
+
+        Both keep the order of `train`. `test` and the digest stay: they say which data this is, not how it is used.
+
+        Raises:
+            UserError: if images are held out already, or `n` would leave none to train on.
+        """
+        if self.val is not None:
+            raise UserError(f"{self.name}: {len(self.val)} images are held out for validation already")
+        if not 0 < n < len(self.train):
+            raise UserError(
+                f"--val must be from 1 to {len(self.train) - 1}, as {self.name} has {len(self.train)} images to train "
+                f"on, got {n}"
+            )
+        rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))  # hold_out's own draw is another
+        chosen = np.zeros(len(self.train), bool)
+        chosen[rng.permutation(len(self.train))[:n]] = True
+        train, val = arrays.divide(self.train, chosen)
+        factors = self.factors
+        if factors is not None:
+            factors = replace(factors, train=factors.train[~chosen], val=factors.train[chosen])
+        return replace(self, train=train, val=val, factors=factors)
 
 
 class _Images(NamedTuple):
@@ -61,7 +114,7 @@ class _Images(NamedTuple):
 def load(
     path: Path | str | None = None,
     *,
-    side: int,
+    side: Size,
     channels: int,
     crop: Crop = "square",
     jpeg_roundtrip: bool = False,
@@ -76,7 +129,7 @@ def load(
     Args:
         path: None or "shapes" for the generated set; CIFAR-10 as a folder or .tar.gz; MNIST's idx files; .npy; .npz; a
             prepared store; a folder, zip, tar or shards of images.
-        side: height and width of the images, in pixels. Only encoded images are resized to it.
+        side: height and width of the images in pixels, or one number for both. Only encoded images are resized to it.
         channels: 3 (RGB) or 1 (grey). Only encoded images are converted to it.
         crop: what of an encoded image is kept, see `bvae.data.recipe.Recipe`.
         jpeg_roundtrip: pass every image, train and test, through JPEG with Pillow's defaults.
@@ -93,18 +146,19 @@ def load(
         raise UserError("--data is empty: a path or `shapes` is expected")
     if channels not in (1, 3):
         raise UserError(f"--channels must be 1 or 3, got {channels}")
-    if side < 1:
-        raise UserError(f"--side must be positive, got {side}")
     if seed < 0:
         raise UserError(f"--data-seed must not be negative, got {seed}")
 
     source = "shapes" if path is None else path
-    recipe = Recipe(size=side, channels=channels, crop=crop)
+    try:
+        recipe = Recipe(size=side, channels=channels, crop=crop)
+    except UserError as error:
+        raise UserError(f"--side, --crop: {error}") from None
     factors = digest = None
     try:
         if str(source) == "shapes":
             name = "shapes"
-            train, test, factors = _generate(side, channels, seed, num_train, num_test)
+            train, test, factors = _generate(recipe, seed, num_train, num_test)
         else:
             name, train, test, digest = _load(Path(source), recipe, seed, mapped, quiet)
         if jpeg_roundtrip:
@@ -118,11 +172,12 @@ def load(
     return Dataset(name, train, test, digest, factors)
 
 
-def _generate(
-    side: int, channels: int, seed: int, num_train: int, num_test: int
-) -> tuple[np.ndarray, np.ndarray, Factors]:
-    if channels != 3:
+def _generate(recipe: Recipe, seed: int, num_train: int, num_test: int) -> tuple[np.ndarray, np.ndarray, Factors]:
+    if recipe.channels != 3:
         raise UserError("shapes: the images are coloured; --channels 3 expected")
+    side = recipe.size
+    if not isinstance(side, int):
+        raise UserError(f"shapes: the images are square, not {size_text(*side)}: change --side")
     if num_train < 1 or num_test < 1:
         raise UserError(f"shapes: at least one image each is expected, got {num_train} train and {num_test} test")
     train, train_factors = shapes.make_shapes(num_train, side, seed, stream=0)
@@ -138,16 +193,19 @@ def _load(
     side, channels = recipe.size, recipe.channels
     train = arrays.check_images(train, f"{path} (train)" if test is not None else str(path), side, channels, mapped)
     if test is None:
-        chosen = np.zeros(len(train), bool)
-        chosen[hold_out(path, np.arange(len(train)), seed)] = True
-        kept = np.flatnonzero(~chosen)
-        test = np.asarray(train[chosen])
-        train = cast(np.ndarray, arrays.Rows(train, kept)) if isinstance(train, np.memmap) else train[kept]
+        train, test = _without_tenth(path, train, seed)
     else:
         test = arrays.check_images(test, f"{path} (test)", side, channels, mapped)
     if digest is not None and not mapped and joint_digest(array_digest(train), array_digest(test)) != digest:
         raise refusal(path, "has changed since it was prepared: its digest is not the one in meta.json")
     return name, train, test, digest
+
+
+def _without_tenth(where: Path | str, images: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(train, test) of images without a split."""
+    chosen = np.zeros(len(images), bool)
+    chosen[hold_out(where, np.arange(len(images)), seed)] = True
+    return arrays.divide(images, chosen)
 
 
 def _read(path: Path, recipe: Recipe, seed: int, quiet: bool) -> _Images:
@@ -166,7 +224,8 @@ def _read(path: Path, recipe: Recipe, seed: int, quiet: bool) -> _Images:
         if (path / "train.npy").exists():
             return _Images(name, *arrays.read_pair(path))
         if files := idx.find(path):
-            return _Images(name, idx.read(files[0]), idx.read(files[1]))
+            padding = idx.edge(recipe.size)
+            return _Images(name, idx.read(files[0], padding), idx.read(files[1], padding))
     elif is_file and suffix == ".npy":
         return _Images(name, arrays.read_npy(path), None)
     elif is_file and suffix == ".npz":

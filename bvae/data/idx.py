@@ -1,6 +1,7 @@
 """MNIST and Fashion-MNIST in their official form: idx files, compressed or not.
 
-Format: http://yann.lecun.com/exdb/mnist/. Images of 28x28 are padded with zeros to 32x32, a power of two.
+Format: http://yann.lecun.com/exdb/mnist/. Images of 28x28 are padded with zeros to 32x32, a power of
+two, unless a side of 28 is asked for.
 """
 
 import gzip
@@ -9,15 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
+from bvae.data.recipe import Size, both_sides, size_text
 from bvae.data.refusal import refusal
+from bvae.errors import UserError
 
-SIDE = 32
+SIDE = 28
+PADDED = 32
+SIDES = (SIDE, PADDED)  # that can be had
 FOLDERS = ("", "raw", "MNIST/raw", "FashionMNIST/raw")  # torchvision keeps them in the latter
 _STEMS = ("train-images", "t10k-images")
 _KINDS = ("-idx3-ubyte", ".idx3-ubyte")
 _MAGIC = (2051).to_bytes(4, "big")  # unsigned bytes, three dimensions
-_SQUARE = 28
-EDGE = (SIDE - _SQUARE) // 2  # zeros on each side
 _MOST = 2**24  # images
 
 
@@ -37,8 +40,16 @@ def find(folder: Path) -> tuple[Path, Path] | None:
     return None
 
 
-def read(path: Path) -> np.ndarray:
-    """The images of one file, uint8 [N, 32, 32, 1].
+def edge(size: Size) -> int:
+    """Zeros on each side of a 28x28 image in one of this size. Raises UserError for a size that cannot be had."""
+    if size not in SIDES:
+        asked = size_text(*both_sides(size))
+        raise UserError(f"idx files hold images of {SIDE}x{SIDE}, padded to {PADDED}x{PADDED} on request, not {asked}")
+    return (both_sides(size)[0] - SIDE) // 2
+
+
+def read(path: Path, padding: int = 0) -> np.ndarray:
+    """The images of one file with `padding` zeros on each side, uint8 [N, 28 + 2 padding, 28 + 2 padding, 1].
 
     Raises:
         UserError: if it cannot be read, or is not an idx file of 28x28 images.
@@ -49,17 +60,17 @@ def read(path: Path) -> np.ndarray:
             count, height, width = (int.from_bytes(header[i : i + 4], "big") for i in (4, 8, 12))
             if len(header) < 16 or header[:4] != _MAGIC:
                 raise refusal(path, "not an idx file of images")
-            if (height, width) != (_SQUARE, _SQUARE):
-                raise refusal(path, f"holds images of {height}x{width}; {_SQUARE}x{_SQUARE} is expected")
+            if (height, width) != (SIDE, SIDE):
+                raise refusal(path, f"holds images of {height}x{width}; {SIDE}x{SIDE} is expected")
             if not 0 < count <= _MOST:
                 raise refusal(path, f"holds {count} images; from 1 to {_MOST} are expected")
-            data = file.read(count * _SQUARE**2 + 1)
+            data = file.read(count * SIDE**2 + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise refusal(path, "cannot be read", error) from error
-    if len(data) != count * _SQUARE**2:
-        raise refusal(path, f"has not the {count * _SQUARE**2} pixels of the {count} images it announces")
-    images = np.frombuffer(data, np.uint8).reshape(count, _SQUARE, _SQUARE, 1)
-    return np.pad(images, ((0, 0), (EDGE, EDGE), (EDGE, EDGE), (0, 0)))
+    if len(data) != count * SIDE**2:
+        raise refusal(path, f"has not the {count * SIDE**2} pixels of the {count} images it announces")
+    images = np.frombuffer(data, np.uint8).reshape(count, SIDE, SIDE, 1)
+    return np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
 
 
 def _find_file(folder: Path, stem: str) -> Path | None:

@@ -1,6 +1,7 @@
 """From a source of encoded images to arrays, wherever they are to go: what preparing a store and loading share."""
 
 import hashlib
+import math
 import os
 import threading
 import time
@@ -18,7 +19,7 @@ from bvae.data.recipe import Item, Recipe
 from bvae.data.refusal import refusal
 from bvae.data.splits import UNLISTED, Plan
 
-Place = Callable[[int, np.ndarray, np.ndarray], None]  # (split, rows in it int [n], pixels [n, S, S, C])
+Place = Callable[[int, np.ndarray, np.ndarray], None]  # (split, rows in it int [n], pixels [n, H, W, C])
 
 _CHUNK_PIXELS = 2**23  # bytes of one chunk's result
 _LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
@@ -69,7 +70,7 @@ def decode(
     numbers_of_chunks: deque[np.ndarray] = deque()
 
     def chunks() -> Iterator[Sequence[Item]]:
-        images = max(1, min(CHUNK_IMAGES, _CHUNK_PIXELS // (recipe.size**2 * recipe.channels)))
+        images = max(1, min(CHUNK_IMAGES, _CHUNK_PIXELS // math.prod(recipe.shape)))
         for numbers, items in source.chunks(lambda number: bool(wanted[number]), images):
             numbers_of_chunks.append(np.array(numbers))
             yield items

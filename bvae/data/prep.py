@@ -5,6 +5,7 @@ What cannot be used is listed with its reason in the store's rejects.csv. See do
 
 import argparse
 import dataclasses
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from bvae.data import idx, images
 from bvae.data.archive import Source, open_source
 from bvae.data.decoders import Backend, Decoder, open_decoder
 from bvae.data.preview import write_preview
-from bvae.data.recipe import FILTERS, Crop, Recipe
+from bvae.data.recipe import FILTERS, Crop, Recipe, Size
 from bvae.data.refusal import refusal
 from bvae.data.splits import OUTSIDE, SPLITS, Fractions, Plan, make_plan, parse_fractions
 from bvae.data.store import REJECTS, StoreWriter
@@ -135,13 +136,17 @@ def _write_images(
 
 def _write_idx(source: str, files: tuple[Path, Path], writer: StoreWriter, recipe: Recipe) -> dict[str, Any]:
     """What meta.json says of it."""
-    if recipe.shape != (idx.SIDE, idx.SIDE, 1):
-        raise refusal(source, f"idx files hold grey images, padded to {idx.SIDE}x{idx.SIDE}: --size 32 --channels 1")
-    if recipe != Recipe(size=idx.SIDE, channels=1):
+    if recipe.size not in idx.SIDES or recipe.channels != 1:
+        raise refusal(
+            source, "idx files hold grey images of 28x28, padded on request: --size 28 or --size 32, --channels 1"
+        )
+    if recipe != Recipe(size=recipe.size, channels=1):
         raise refusal(
             source, "idx files are padded, not cropped and resized: leave out --crop, --filter, --no-antialias"
         )
-    arrays = {"train": idx.read(files[0]), "val": np.empty((0, *recipe.shape), np.uint8), "test": idx.read(files[1])}
+    padding = idx.edge(recipe.size)
+    train, test = (idx.read(file, padding) for file in files)
+    arrays = {"train": train, "val": np.empty((0, *recipe.shape), np.uint8), "test": test}
     counts = {split: len(array) for split, array in arrays.items()}
     writer.allocate(counts, recipe.shape)
     for split, array in arrays.items():
@@ -154,7 +159,7 @@ def _write_idx(source: str, files: tuple[Path, Path], writer: StoreWriter, recip
             "kind": "idx",
             "digest": images.digest_of_files((file.name, file) for file in files),
         },
-        "recipe": {"size": idx.SIDE, "channels": 1, "padding": idx.EDGE},
+        "recipe": {"size": recipe.size, "channels": 1, "padding": padding},
         "decoder": {"name": "idx", "versions": {"numpy": np.__version__}},
         "split": {"by": "files"},
         "counts": {"read": kept, "kept": kept, "rejected": 0, "ignored": 0, **counts},
@@ -167,7 +172,7 @@ def main(
     *,
     prog: str = "python -m bvae.data.prep",
     description: str | None = __doc__,
-    size: int | None = None,
+    size: Size | None = None,
     crop: Crop = "square",
 ) -> None:
     """The command line, with the defaults of a data set: `size` and `crop`."""
@@ -179,18 +184,19 @@ def main(
     parser.add_argument("--preview", type=Path, metavar="PNG", help="draw the first images under each filter")
     parser.add_argument(
         "--size",
-        type=int,
+        type=parse_size,
         default=size,
         required=size is None,
         metavar="S",
-        help="height and width of the result" + (f" ({size})" if size else ""),
+        help="side of the result, or HxW, its height and width" + (f" ({size})" if size else ""),
     )
     parser.add_argument(
         "--crop",
         type=_parse_crop,
         default=crop,
         metavar="C",
-        help=f"side of the centred square that is kept; `square`, the largest; `none`, the whole image ({crop})",
+        help="shorter side of the centred box of the result's aspect that is kept; `square`, the largest such box; "
+        f"`none`, the whole image ({crop})",
     )
     parser.add_argument("--filter", choices=FILTERS, default="bilinear", help="of the resize (bilinear)")
     parser.add_argument("--no-antialias", action="store_true", help="let the filter skip pixels when it shrinks")
@@ -259,6 +265,14 @@ def summary(result: Result) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def parse_size(text: str) -> Size:
+    """`64`, or `96x64` (height x width)."""
+    if not re.fullmatch(r"\d{1,6}(x\d{1,6})?", text):
+        raise argparse.ArgumentTypeError(f"a number of pixels, or HxW, is expected, not {text!r}")
+    height, _, width = text.partition("x")
+    return (int(height), int(width)) if width else int(height)
 
 
 def _parse_crop(text: str) -> Crop:

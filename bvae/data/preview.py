@@ -40,13 +40,13 @@ def write_preview(items: Iterable[Item], recipe: Recipe, path: Path) -> int:
     own = recipe.filter, recipe.antialias or recipe.filter == "nearest"
     rows = ROWS if own in ROWS else [*ROWS, own]
     columns: list[list[np.ndarray]] = []
-    scale = max(1, round(TILE / recipe.size))
-    tile = scale * recipe.size
+    scale = max(1, round(TILE / max(recipe.height, recipe.width)))
+    tall, wide = scale * recipe.height, scale * recipe.width
     with quiet():
         for item in items:
             try:
                 data = item.read()
-                top = decode_image(data, replace(recipe, size=tile, filter="bicubic", antialias=True))
+                top = decode_image(data, replace(recipe, size=(tall, wide), filter="bicubic", antialias=True))
                 under = [decode_image(data, replace(recipe, filter=f, antialias=a)) for f, a in rows]
             except Rejected:
                 continue
@@ -56,7 +56,7 @@ def write_preview(items: Iterable[Item], recipe: Recipe, path: Path) -> int:
     if not columns:
         raise UserError("--preview: none of the first images can be used")
 
-    width, height = LABEL + len(columns) * (tile + PAD), PAD + (1 + len(rows)) * (tile + PAD)
+    width, height = LABEL + len(columns) * (wide + PAD), PAD + (1 + len(rows)) * (tall + PAD)
     picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
     font, small = ImageFont.load_default(20), ImageFont.load_default(14)
@@ -65,12 +65,12 @@ def write_preview(items: Iterable[Item], recipe: Recipe, path: Path) -> int:
         note = "" if filter == "nearest" else "antialias" if antialias else "no antialias"
         labels.append((filter, note + (" (chosen)" if (filter, antialias) == own else "")))
     for row, (name, note) in enumerate(labels):
-        y = PAD + row * (tile + PAD)
-        draw.text((10, y + tile // 2 - 20), name, "black", font)
-        draw.text((10, y + tile // 2 + 6), note.strip(), "#555555", small)
+        y = PAD + row * (tall + PAD)
+        draw.text((10, y + tall // 2 - 20), name, "black", font)
+        draw.text((10, y + tall // 2 + 6), note.strip(), "#555555", small)
         for column, tiles in enumerate(columns):
-            pixels = np.broadcast_to(tiles[row], (tile, tile, 3))
-            picture.paste(Image.fromarray(pixels), (LABEL + column * (tile + PAD), y))
+            pixels = np.broadcast_to(tiles[row], (tall, wide, 3))
+            picture.paste(Image.fromarray(pixels), (LABEL + column * (wide + PAD), y))
     png = io.BytesIO()
     picture.save(png, "png")
     write_atomically(path, png.getvalue())

@@ -11,6 +11,7 @@ from bvae.errors import UserError
 Filter = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 FILTERS: tuple[Filter, ...] = get_args(Filter)
 Crop = int | Literal["square", "none"]
+Size = int | tuple[int, int]  # a side, or (height, width)
 MAX_SIZE = 2**14  # of the result's side
 
 
@@ -30,12 +31,12 @@ class Item(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How an image of any size becomes uint8 [size, size, channels]; docs/backends.md defines each step.
+    """How an image of any size becomes uint8 [height, width, channels]; docs/backends.md defines each step.
 
-    size: side of the result, in pixels.
+    size: side of the result in pixels, or its (height, width); of two equal numbers one is kept.
     channels: 3 (RGB) or 1 (grey).
-    crop: side in pixels of the centred square that is kept; "square", the largest that fits; "none", all of the image,
-        whose aspect is then lost.
+    crop: shorter side in pixels of the centred box of the result's aspect that is kept; "square", the largest such box,
+        a square where the result is one; "none", all of the image, whose aspect is then lost.
     filter: of the resize; see `bvae.data.decoders.resize`.
     antialias: widen the filter when the image shrinks, so that every pixel of the crop counts.
 
@@ -43,15 +44,15 @@ class Recipe:
         UserError: for a value outside these.
     """
 
-    size: int
+    size: Size
     channels: int
     crop: Crop = "square"
     filter: Filter = "bilinear"
     antialias: bool = True
 
     def __post_init__(self) -> None:
-        if not 1 <= self.size <= MAX_SIZE:
-            raise UserError(f"the images' size must be from 1 to {MAX_SIZE}, got {self.size}")
+        height, width = both_sides(self.size)
+        object.__setattr__(self, "size", height if height == width else (height, width))
         if self.channels not in (1, 3):
             raise UserError(f"images have 1 or 3 channels, not {self.channels}")
         if not (self.crop in ("square", "none") or (isinstance(self.crop, int) and self.crop > 0)):
@@ -62,7 +63,15 @@ class Recipe:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(height, width, channels) of the result."""
-        return self.size, self.size, self.channels
+        return self.height, self.width, self.channels
+
+    @property
+    def height(self) -> int:
+        return both_sides(self.size)[0]
+
+    @property
+    def width(self) -> int:
+        return both_sides(self.size)[1]
 
     def box(self, width: int, height: int) -> tuple[int, int, int, int]:
         """(left, top, right, bottom) of what is kept of an image; an odd pixel left over goes right and down.
@@ -72,18 +81,37 @@ class Recipe:
         """
         if self.crop == "none":
             return 0, 0, width, height
-        side = min(width, height) if isinstance(self.crop, str) else self.crop
-        if side > min(width, height):
-            raise Rejected(f"is {width}x{height}, smaller than the crop of {side}")
-        left, top = (width - side) // 2, (height - side) // 2
-        return left, top, left + side, top + side
+        if self.crop == "square":
+            kept_width = max(1, min(width, height * self.width // self.height))
+            kept_height = max(1, min(height, width * self.height // self.width))
+        else:
+            shorter = min(self.height, self.width)
+            kept_width, kept_height = (self.crop * length // shorter for length in (self.width, self.height))
+        if kept_width > width or kept_height > height:
+            crop = f"{self.crop}" if kept_width == kept_height else f"{kept_width}x{kept_height}"
+            raise Rejected(f"is {width}x{height}, smaller than the crop of {crop}")
+        left, top = (width - kept_width) // 2, (height - kept_height) // 2
+        return left, top, left + kept_width, top + kept_height
+
+
+def both_sides(size: Size) -> tuple[int, int]:
+    """(height, width) of a side, or of the two. Raises UserError for what is no number of pixels within MAX_SIZE."""
+    sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    if len(sides) != 2 or not all(isinstance(side, int) and 1 <= side <= MAX_SIZE for side in sides):
+        raise UserError(f"the images' size must be from 1 to {MAX_SIZE}, or two such numbers (HxW), got {size}")
+    return sides
+
+
+def size_text(height: int, width: int) -> str:
+    """A size as it is written on a command line: `64`, or `96x64` (height x width)."""
+    return str(height) if height == width else f"{height}x{width}"
 
 
 @dataclass
 class Decoded:
     """What became of a chunk of items.
 
-    pixels: uint8 [n, size, size, channels], the images kept, in the chunk's order.
+    pixels: uint8 [n, height, width, channels], the images kept, in the chunk's order.
     kept: their n positions in the chunk.
     rejected: (position, reason) of the others, in order.
     """
@@ -96,7 +124,7 @@ class Decoded:
 def collect(results: Sequence[np.ndarray | Rejected], recipe: Recipe) -> Decoded:
     """`Decoded` of a chunk's images and rejections, given in its order."""
     images = [(i, result) for i, result in enumerate(results) if not isinstance(result, Rejected)]
-    pixels = np.empty((len(images), recipe.size, recipe.size, recipe.channels), np.uint8)
+    pixels = np.empty((len(images), *recipe.shape), np.uint8)
     for row, (_, image) in enumerate(images):
         pixels[row] = image
     rejected = [(i, str(result)) for i, result in enumerate(results) if isinstance(result, Rejected)]

@@ -163,7 +163,7 @@ def wrong_arrays():
     yield "planar", good.transpose(0, 3, 1, 2), ["[4, 3, 16, 16]", "channels come last"]
     yield "two channels", good[..., :2], ["[4, 16, 16, 2]"]
     yield "rgba", np.concatenate([good, good[..., :1]], -1), ["[4, 16, 16, 4]"]
-    yield "not square", good[:, :8], ["8x16", "square"]
+    yield "not square", good[:, :8], ["8x16", "16x16", "--side 8x16"]
     yield "side", pixels(4, side=32), ["32x32", "16x16", "--side 32"]
     yield "grey", good[..., :1], ["1 channel", "--channels 1"]
     yield "grey 3d", good[..., 0], ["1 channel", "--channels 1"]

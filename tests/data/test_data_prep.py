@@ -339,7 +339,7 @@ def test_mnist_that_is_not_whole(tmp_path):
     folder = tmp_path / "mnist"
     write_mnist(folder)
     grey = Recipe(size=32, channels=1)
-    refused(lambda: pillow(folder, tmp_path / "s", Recipe(size=64, channels=1)), "--size 32")
+    refused(lambda: pillow(folder, tmp_path / "s", Recipe(size=64, channels=1)), "--size 28", "--size 32")
     refused(lambda: pillow(folder, tmp_path / "s", grey, partition=tmp_path / "x"), "--partition")
     refused(lambda: pillow(folder, tmp_path / "s", Recipe(size=32, channels=1, filter="lanczos")), "--filter")
     refused(lambda: prep.main([str(folder), "--size", "32", "--preview", str(tmp_path / "p.png")]), "--preview")

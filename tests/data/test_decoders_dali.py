@@ -38,8 +38,9 @@ def test_plain_jpegs_have_pillows_pixels(subsampling, progressive):
         Held(str(i), encode(picture(64 + i, 61 + i % 5, i), subsampling=subsampling, progressive=progressive))
         for i in range(24)
     ]
-    for crop in (31, 60, "square", "none"):
-        same(*both(Recipe(size=16, channels=3, crop=crop), items))
+    for size in (16, (24, 16)):
+        for crop in (31, "square", "none"):
+            same(*both(Recipe(size=size, channels=3, crop=crop), items))
 
 
 @needs_dali

@@ -138,8 +138,8 @@ class DaliDecoder(Decoder):
         done: list[tuple[int, np.ndarray | Rejected]] = []
         for i, crop in zip(places, crops, strict=True):
             image = crop if recipe.channels == 3 else Image.fromarray(crop).convert("L")
-            pixels = resize(image, recipe.size, recipe.filter, recipe.antialias)
-            done.append((i, pixels.reshape(recipe.size, recipe.size, recipe.channels)))
+            pixels = resize(image, recipe.shape[:2], recipe.filter, recipe.antialias)
+            done.append((i, pixels.reshape(recipe.shape)))
         return done
 
     def _decode(self, others: list[tuple[int, bytes]]) -> list[tuple[int, np.ndarray | Rejected]]:

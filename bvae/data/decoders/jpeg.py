@@ -99,7 +99,7 @@ def read_header(data: bytes) -> Header | None:
 
 
 def decode_plain(data: bytes, header: Header, recipe: Recipe) -> np.ndarray | None:
-    """The crop of a plain JPEG, resized: uint8 [size, size, channels], as Pillow and `resize` would make it.
+    """The crop of a plain JPEG, resized: uint8 [height, width, channels], as Pillow and `resize` would make it.
 
     By libjpeg-turbo directly, row after row: nothing but one row of the image is held. None where it cannot be told
     that Pillow would give the same: bvae was built without libjpeg-turbo, the file is damaged above the crop's end, or
@@ -113,7 +113,8 @@ def decode_plain(data: bytes, header: Header, recipe: Recipe) -> np.ndarray | No
         return None
     left, top, right, bottom = recipe.box(header.width, header.height)
     columns, rows = (
-        native_taps(length, recipe.size, recipe.filter, recipe.antialias) for length in (right - left, bottom - top)
+        native_taps(length, size, recipe.filter, recipe.antialias)
+        for length, size in ((right - left, recipe.width), (bottom - top, recipe.height))
     )
     return native.decode_jpeg(data, header.width, header.height, left, top, recipe.channels, columns, rows)
 

@@ -54,7 +54,7 @@ WORKER_ENVIRONMENT = {
 
 
 def decode_image(data: bytes, recipe: Recipe) -> np.ndarray:
-    """One encoded image -> uint8 [size, size, channels].
+    """One encoded image -> uint8 [height, width, channels].
 
     In this order: the first frame; EXIF orientation; the crop; RGB or, for one channel, L (transparency is dropped);
     the resize (`bvae.data.decoders.resize`). Of a plain JPEG the rows below the crop are not decoded, so damage there
@@ -77,7 +77,7 @@ def decode_image(data: bytes, recipe: Recipe) -> np.ndarray:
         mode = "RGB" if recipe.channels == 3 else "L"
         if image.mode != mode:
             image = image.convert(mode)
-        pixels = resize(image, recipe.size, recipe.filter, recipe.antialias)
+        pixels = resize(image, recipe.shape[:2], recipe.filter, recipe.antialias)
     except Rejected:
         raise
     except UnidentifiedImageError:
@@ -87,7 +87,7 @@ def decode_image(data: bytes, recipe: Recipe) -> np.ndarray:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise Rejected(f"cannot be decoded ({reason[:120]})") from error
-    return pixels.reshape(recipe.size, recipe.size, recipe.channels)
+    return pixels.reshape(recipe.shape)
 
 
 def decode_items(items: Sequence[Item], recipe: Recipe) -> Decoded:

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from bvae.data.decoders.libraries import PILLOW_SIMD, native
-from bvae.data.recipe import Filter
+from bvae.data.recipe import Filter, Size, both_sides
 
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -34,25 +34,31 @@ LONGEST = 2**16  # sides whose taps are worth their memory; no JPEG is longer
 FRACTION_BITS = 22  # of the weights, as Pillow's: 8 bits of pixel and 2 to spare for overshoot
 
 
-def resize(image: Image.Image | np.ndarray, size: int, filter: Filter, antialias: bool) -> np.ndarray:
-    """An image, of mode L or RGB or uint8 [h, w, 3] -> uint8 [size, size] or [size, size, 3]; perhaps read-only."""
+def resize(image: Image.Image | np.ndarray, size: Size, filter: Filter, antialias: bool) -> np.ndarray:
+    """An image, of mode L or RGB or uint8 [h, w, 3] -> uint8 [rows, columns] or [rows, columns, 3]; perhaps read-only.
+
+    size: rows and columns of the result, or the number of both.
+    """
+    rows, columns = both_sides(size)
     height, width = image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
     short = max(height, width) <= LONGEST
     if native is not None and short:
         grey = isinstance(image, Image.Image) and image.mode == "L"
-        sides = [native_taps(length, size, filter, antialias) for length in (width, height)]
+        sides = [native_taps(n, m, filter, antialias) for n, m in ((width, columns), (height, rows))]
         resizer = native.Resizer(*sides, channels=1 if grey else 3)
         for band in _bands(image):
             resizer.add(band[..., None] if grey else band)
         result: np.ndarray = resizer.finish()
         return result[..., 0] if grey else result
-    # pillow-simd has 16 bits for a weight, which Lanczos' lobes feel; of tall images Pillow 13 takes the columns first.
-    differs = (PILLOW_SIMD and filter == "lanczos") or height - size > max(0, 2 * (width - size))
+    # pillow-simd has 16 bits for a weight, which Lanczos' lobes feel; Pillow 13 takes the columns of tall images first,
+    # and decides by more than their height where the result is no square.
+    first_columns = rows != columns or height - rows > max(0, 2 * (width - columns))
+    differs = (PILLOW_SIMD and filter == "lanczos") or first_columns
     if (antialias or filter == "nearest") and not (differs and short):
         picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-        return np.asarray(picture.resize((size, size), RESAMPLING[filter]))
-    rows = np.concatenate([_along_second(band, size, filter, antialias) for band in _bands(image)])
-    return np.ascontiguousarray(_along_second(rows.swapaxes(0, 1), size, filter, antialias).swapaxes(0, 1))
+        return np.asarray(picture.resize((columns, rows), RESAMPLING[filter]))
+    shrunk = np.concatenate([_along_second(band, columns, filter, antialias) for band in _bands(image)])
+    return np.ascontiguousarray(_along_second(shrunk.swapaxes(0, 1), rows, filter, antialias).swapaxes(0, 1))
 
 
 def _bands(image: Image.Image | np.ndarray) -> Iterator[np.ndarray]:
