@@ -34,6 +34,7 @@ from bvae.engine.graph import make_runner
 from bvae.engine.step import Step
 from bvae.machine import describe_device, pick_device, training_kernels, versions
 from bvae.models.vae import first_stage
+from bvae.stages.objective import Noise, VAEObjective
 
 CONFIG = find_preset("cifar10")
 IMAGE = (CONFIG.side, CONFIG.side, CONFIG.channels)
@@ -48,7 +49,7 @@ class Training:
         model = first_stage(CONFIG).to(batches.device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         loss = BalancedLoss().to(batches.device)
-        step = Step(model, loss, ops.make_rng(0, batches.device), CONFIG.latents, True, 0.0, [])
+        step = Step(model, VAEObjective(loss, amp=True), Noise(ops.make_rng(0, batches.device)), CONFIG.latents, True)
         step.set_lr(CONFIG.lr)
         self.batches = batches
         self.epoch = self.done = 0

@@ -55,7 +55,8 @@ from bvae.machine import describe_device, has_bf16, pick_device, prepare_process
 from bvae.models.conv import Conv3x3, ConvTranspose3x3
 from bvae.models.half import Linear
 from bvae.models.norm import BatchNormReLU
-from bvae.models.vae import VAE, first_stage, l2_kernels, second_stage
+from bvae.models.vae import VAE, first_stage, penalised_modules, second_stage
+from bvae.stages.objective import Noise, VAEObjective
 
 SAMPLES = 5_000
 Run = Callable[[int], None]  # trains so many steps
@@ -319,8 +320,9 @@ def bvae(c: Config, stage: int, device: torch.device, compiled: bool | None = No
         batches = ImageBatches(images(c).to(device), c.batch, 0, torch.bfloat16 if amp else torch.float32, c.hflip)
     else:
         batches = LatentBatches(*(t.to(device) for t in latents(c)), c.batch, 0)
-    penalised = l2_kernels(model, c.l2_on) if stage == 1 else []
-    step = Step(model, loss, ops.make_rng(0, device), c.latents, amp, c.l2, penalised)
+    penalised = penalised_modules(model, c.l2_on) if stage == 1 else []
+    objective = VAEObjective(loss, amp, c.l2, penalised)
+    step = Step(model, objective, Noise(ops.make_rng(0, device)), c.latents, amp)
     step.set_lr(c.lr)
     endless = 10**9  # as long as it takes for a trial of torch.compile to pay
     runner, FACTS["compiled"] = choose_way(batches, step, True, compiled, endless, lambda text: print(text, flush=True))
@@ -377,7 +379,7 @@ class Samples(Dataset):
 
 def plain(c: Config, stage: int, device: torch.device) -> Run:
     model = plain_network(c, stage).to(device)
-    kernels = l2_kernels(model, c.l2_on) if stage == 1 else []
+    kernels = [m.weight for m in penalised_modules(model, c.l2_on)] if stage == 1 else []
     optimizer = torch.optim.Adam(model.parameters(), lr=c.lr)
     loader = DataLoader(Samples(c, stage), c.batch, shuffle=True, drop_last=True)
     endless = (x for _ in range(10**9) for x in loader)
@@ -413,7 +415,7 @@ def eager_amp(c: Config, stage: int, device: torch.device, compiled: bool = Fals
     model = plain_network(c, stage).to(device)
     if stage == 1:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    kernels = l2_kernels(model, c.l2_on) if stage == 1 else []
+    kernels = [m.weight for m in penalised_modules(model, c.l2_on)] if stage == 1 else []
     optimizer = torch.optim.Adam(model.parameters(), lr=c.lr, fused=True)
     batches = resident(c, stage, device)
     gamma2 = torch.ones((), device=device)

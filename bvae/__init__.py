@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 from bvae import _moved
 
 if TYPE_CHECKING:
+    from bvae.api import fit, register_network
     from bvae.balance import BalancedLoss, FixedGammaLoss, LearnedGammaLoss, Loss
     from bvae.config import PRESETS, Config
     from bvae.errors import UserError
-    from bvae.two_stage import TwoStageVAE, load
+    from bvae.run.folder import Run, load
+    from bvae.two_stage import TwoStageVAE
 
 _moved.install()
 
@@ -20,17 +22,22 @@ __all__ = [
     "FixedGammaLoss",
     "LearnedGammaLoss",
     "Loss",
+    "Run",
     "TwoStageVAE",
     "UserError",
+    "fit",
     "load",
+    "register_network",
 ]
 
 # Imported when first asked for: what prepares images needs no torch, which takes a second and 200 MB a process.
 _HOMES = {
+    "bvae.api": ("fit", "register_network"),
     "bvae.balance": ("BalancedLoss", "FixedGammaLoss", "LearnedGammaLoss", "Loss"),
     "bvae.config": ("PRESETS", "Config"),
     "bvae.errors": ("UserError",),
-    "bvae.two_stage": ("TwoStageVAE", "load"),
+    "bvae.run.folder": ("Run", "load"),
+    "bvae.two_stage": ("TwoStageVAE",),
 }
 
 

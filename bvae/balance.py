@@ -6,13 +6,18 @@ device: every result stays where the tensors are.
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from bvae import ops, reference
+from bvae.config.registry import Part
+from bvae.errors import UserError
+
+if TYPE_CHECKING:
+    from bvae.config import Config
 
 DECAY = 0.99  # weight of the old gamma2 in the running estimate, the authors' code
 FLOOR = 1e-8  # ours: keeps 1/gamma2 finite when the reconstruction becomes exact
@@ -283,3 +288,27 @@ def make_loss(
     if balance == "learned":
         return LearnedGammaLoss(kl_weight, logits)
     return FixedGammaLoss(gamma=gamma, kl_weight=kl_weight, logits=logits)
+
+
+def _build(config: "Config", **arguments: Any) -> GaussianVAELoss:
+    return make_loss(config.balance, gamma=config.resolved_gamma(), **arguments)  # type: ignore[arg-type]
+
+
+def _check_unused(config: "Config") -> None:
+    for name in ("gamma", "beta"):
+        if getattr(config, name) is not None:
+            raise UserError(f"--{name} needs --balance fixed, not {config.balance}")
+
+
+def _check_fixed(config: "Config") -> None:
+    given = [name for name in ("gamma", "beta") if getattr(config, name) is not None]
+    if len(given) != 1:
+        raise UserError("--balance fixed needs exactly one of --gamma and --beta")
+    # gamma^2 and its inverse must be float32 numbers.
+    if not 1e-15 <= getattr(config, given[0]) <= 1e15:
+        raise UserError(f"--{given[0]} must be a number from 1e-15 to 1e15")
+
+
+COMPUTED = Part("computed", _build, _check_unused)
+LEARNED = Part("learned", _build, _check_unused)
+FIXED = Part("fixed", _build, _check_fixed, uses=("gamma", "beta"))

@@ -27,7 +27,8 @@ from bvae.metrics.protocols import DEFAULT, PROTOCOLS
 from bvae.metrics.scores import encode_images, score_images, score_latents
 from bvae.metrics.weights import HELP, find_weights, load_inception
 from bvae.run.data import load_data
-from bvae.two_stage import TwoStageVAE, load, read_run
+from bvae.run.folder import load
+from bvae.two_stage import TwoStageVAE, read_run
 
 RESULTS = "results.json"
 

@@ -10,7 +10,8 @@ from bvae.errors import UserError, run_command
 from bvae.files import write_atomically
 from bvae.machine import pick_device
 from bvae.report import figures
-from bvae.two_stage import load, to_uint8
+from bvae.run.folder import load
+from bvae.two_stage import to_uint8
 
 MOST = 1_000_000  # images of one call: they are held in memory
 

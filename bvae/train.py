@@ -7,17 +7,18 @@ import argparse
 import contextlib
 import dataclasses
 import os
-import signal
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
+from bvae.api import complete, default_folder, make_trainer
 from bvae.config import PRESETS, Config, find_preset
-from bvae.engine.trainer import Interrupted, Trainer
-from bvae.errors import UserError, run_command
+from bvae.config.registry import KINDS, networks, part_settings
+from bvae.config.settings import GROUPS, DataSettings, EvaluationSettings, MachineSettings, Side, flag
+from bvae.errors import Interrupted, UserError, run_command
 from bvae.files import encode_json, exists
 from bvae.machine import prepare_process
 from bvae.models.vae import count_parameters, first_stage, second_stage
@@ -28,53 +29,127 @@ from bvae.two_stage import read_config
 from bvae.world import Lost, World
 
 
+def _read_side(words: list[str]) -> Side:
+    height, cross, width = words[0].partition("x")
+    return (int(height), int(width)) if cross else int(height)
+
+
+_SIDE = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="N|HxW",
+    instance_from_str=_read_side,
+    is_instance=lambda side: isinstance(side, int | tuple),
+    str_from_instance=lambda side: [str(side) if isinstance(side, int) else f"{side[0]}x{side[1]}"],
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arguments(Config):
+class _Data(DataSettings):
+    __doc__ = DataSettings.__doc__
+    side: Annotated[Side, _SIDE] = 32
+    """Height and width of an image: N, or HxW where it is not square."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Evaluation(EvaluationSettings):
+    __doc__ = EvaluationSettings.__doc__
+    fid_protocol: Annotated[str, tyro.conf.arg(aliases=["--protocol"])] = "tf1"  # type: ignore[assignment]
+    """How images are brought to the network: tf1, pytorch-fid or clean (docs/fid.md)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Machine(MachineSettings):
+    __doc__ = MachineSettings.__doc__
+    compile: Annotated[bool, tyro.conf.arg(help_behavior_hint="(default: the faster)")] = False
+    """Let torch.compile make the network's passes: minutes a stage; where it cannot be done the run says why.
+    By default a stage of over half an hour (CUDA: three minutes) times both. Results differ by roundings."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
     """Train a two-stage VAE whose balance nobody has to tune.
 
     With no argument: the `shapes` preset, made on the spot, on whatever device there is. Every setting of a preset
-    can be overridden; what they are after that is printed by --dry-run.
+    can be overridden; --dry-run prints all of them as they are then.
     """
 
+    preset: str = "shapes"
+    """Name of the recipe to start from."""
     out: Path | None = None
     """Folder of the run, which must not exist yet; runs/<preset>-<time> by default."""
     resume: Path | None = None
     """Go on with the run in this folder; --epochs, --epochs2, --max-steps, --device, --data and logging may change."""
-    compile: Annotated[bool, tyro.conf.arg(help_behavior_hint="(default: the faster)")] = False
-    """Let torch.compile make the network's passes: minutes a stage; where it cannot be done the run says why.
-    By default a stage of over half an hour (CUDA: three minutes) times both. Results differ by roundings."""
     dry_run: bool = False
     """Print the resolved configuration and the parameter counts as JSON, and train nothing."""
 
 
-def parse(argv: list[str]) -> tuple[Config, Arguments]:
-    """(the configuration, all arguments). Defaults come from --preset, or with --resume from that run."""
+CLI_GROUPS = {**GROUPS, "data": _Data, "evaluation": _Evaluation, "machine": _Machine}
+
+
+def _groups() -> dict[str, type]:
+    """The groups of options: those of Config, then a group for each part that has settings of its own."""
+    return {**CLI_GROUPS, **{name.replace(" ", "_"): s for name, s in part_settings().items()}}
+
+
+def _given(argv: list[str]) -> set[str]:
+    """The settings that the command line names."""
+    words = [word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
+    return {word.removeprefix("no_") for word in words} | set(words)
+
+
+def parse(argv: list[str]) -> tuple[Config, RunOptions]:
+    """(the configuration, the other options). Defaults come from --preset, or with --resume from that run."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--preset")
     early.add_argument("--resume", type=Path)
-    early.add_argument("--compile", action=argparse.BooleanOptionalAction)
     try:
         chosen, _ = early.parse_known_args(argv)
     except argparse.ArgumentError:
-        # tyro names the mistake below
-        chosen = argparse.Namespace(preset=None, resume=None, compile=None)
+        chosen = argparse.Namespace(preset=None, resume=None)  # tyro names the mistake below
     base = read_config(chosen.resume) if chosen.resume is not None else find_preset(chosen.preset or "shapes")
-    arguments = tyro.cli(
-        Arguments,
-        default=Arguments(**{**base.to_dict(), "compile": bool(base.compile)}),
-        args=argv,
-        prog="python -m bvae.train",
-        config=(tyro.conf.AvoidSubcommands,),
+    if base.network not in networks:
+        raise UserError(
+            f"{chosen.resume}: its network {base.network!r} was given from Python: go on there, with "
+            f"bvae.fit(train, network=..., out={str(chosen.resume)!r}, resume=True)"
+        )
+    groups = _groups()
+    defaults = {**base.to_dict(), "compile": bool(base.compile)}
+    fields: list[Any] = []
+    for name, group in groups.items():
+        own = {f.name: defaults[f.name] for f in dataclasses.fields(group) if f.name in defaults}
+        fields.append((name, tyro.conf.OmitArgPrefixes[group], dataclasses.field(default=group(**own))))  # type: ignore[valid-type, misc]
+    shown = dataclasses.make_dataclass("Arguments", fields, bases=(RunOptions,), frozen=True, kw_only=True)
+    shown.__doc__ = RunOptions.__doc__
+    arguments: Any = tyro.cli(
+        shown, default=shown(preset=base.preset), args=argv, prog="python -m bvae.train", config=()
     )
-    names = [f.name for f in dataclasses.fields(Config)]
-    values = {name: getattr(arguments, name) for name in names}
-    values["compile"] = base.compile if chosen.compile is None else chosen.compile
-    config = Config(**values).validate()
+    values = {f.name: getattr(getattr(arguments, n), f.name) for n, g in groups.items() for f in dataclasses.fields(g)}
+    if "compile" not in _given(argv):
+        values["compile"] = base.compile
+    config = _configuration(values, arguments.preset, _given(argv)).validate()
     if arguments.resume is not None and arguments.out is not None:
         raise UserError("--out and --resume contradict each other: a resumed run stays in its folder")
     if config.preset not in PRESETS:
         raise UserError(f"--preset {config.preset}: there is no such preset; choose from {', '.join(PRESETS)}")
     return config, arguments
+
+
+def _configuration(values: dict[str, Any], preset: str, given: set[str]) -> Config:
+    """The configuration of parsed settings. Raises UserError for a given one that no part in use reads."""
+    defaults = {f.name: f.default for f in dataclasses.fields(Config)}
+    options: dict[str, Any] = {}
+    for kind, registry in KINDS.items():
+        chosen = registry[values[kind]]
+        for part in registry.parts():
+            for name in set(part.reads) - set(chosen.reads):
+                if name in given:
+                    able = " or ".join(p.name for p in registry.parts() if name in p.reads)
+                    raise UserError(f"--{flag(name)} needs --{kind} {able}, not {chosen.name}")
+                if name in defaults:
+                    values[name] = defaults[name]  # a preset's, for another part
+        options |= {name: values[name] for name, default in chosen.own.items() if values[name] != default}
+    shared = {name: value for name, value in values.items() if name in defaults}
+    return Config(**shared, preset=preset, options=options)
 
 
 def dry_run(config: Config) -> None:
@@ -113,11 +188,11 @@ def main(argv: list[str] | None = None) -> int:
         return train(sys.argv[1:] if argv is None else argv, world)
 
 
-def find_folder(config: Config, arguments: Arguments, world: World) -> tuple[Path, bool]:
+def find_folder(config: Config, options: RunOptions, world: World) -> tuple[Path, bool]:
     """The run's folder, and whether to go on with the run in it: on all ranks what rank 0 finds."""
     begun = world.remembered() if world.first else None
-    folder = arguments.resume or arguments.out or Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    resume = arguments.resume is not None
+    folder = options.resume or options.out or default_folder(config.preset)
+    resume = options.resume is not None
     if begun is not None:  # torchrun has restarted what this job began, by the same command line
         folder = Path(begun)
         resume = exists(folder / LAST)
@@ -136,28 +211,20 @@ def train(argv: list[str], world: World) -> int:
             silence = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(silence))
             stack.enter_context(contextlib.redirect_stderr(silence))
-        config, arguments = parse(argv)
-        if arguments.dry_run:
+        config, options = parse(argv)
+        if options.dry_run:
             dry_run(config)
             return 0
     world.connect(config.device)
-    folder, resume = find_folder(config, arguments, world)
+    folder, resume = find_folder(config, options, world)
     prepare_process()
-    trainer = Trainer(config, load_data(config, quiet=not world.first), folder, resume, world=world)
+    trainer = make_trainer(config, load_data(config, quiet=not world.first), folder, world=world, resume=resume)
     if world.first:
         among = f"{world.size} processes, the first on " if world.size > 1 else ""
-        print(
-            f"{config.preset}: {len(trainer.data.train)} images on {among}{trainer.device}, into {folder}", flush=True
-        )
-
-    def stop(number: int, _: Any) -> None:
-        trainer.stop = number
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+        count = len(trainer.stages.data.train)
+        print(f"{config.preset}: {count} images on {among}{world.device}, into {folder}", flush=True)
     try:
-        results = trainer.run()
+        views = complete(trainer)
     except Interrupted as interrupted:
         if world.first:
             print(f"{interrupted}; go on with: python -m bvae.train --resume {folder}", file=sys.stderr)
@@ -165,9 +232,9 @@ def train(argv: list[str], world: World) -> int:
     except Lost as lost:
         raise Lost(f"{lost}; the run goes on from its last checkpoint with --resume {folder}") from lost
     if world.first:
-        print(summary(results))
+        print(summary(trainer.results))
         print(f"pictures, results.json and the model: {folder}")
-        print(f"everything on one page: {write_report([folder], views=trainer.views)}")
+        print(f"everything on one page: {write_report([folder], views=views)}")
     return 0
 
 

@@ -1,22 +1,22 @@
 """The trained model: two VAEs stacked, with what it takes to encode, decode and sample."""
 
+import importlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from bvae import ops
 from bvae.config import Config
 from bvae.errors import UserError
-from bvae.files import encode_json, exists, write_atomically, writing
+from bvae.files import encode_json, write_atomically, writing
 from bvae.metrics.latent import latent_variances, variance_law
-from bvae.models.vae import first_stage, second_stage
-from bvae.run.checkpoint import BEST, LAST, digest, load_checkpoint, read_tensors, under
+from bvae.models.vae import Network, first_stage, second_stage
+from bvae.run.checkpoint import digest, encode_tensors, read_tensors
 from bvae.seeds import derive
 
 CONFIG = "config.json"
@@ -28,17 +28,18 @@ VARIANCE_LOSS = 0.25  # the authors' threshold on the share of variance that the
 class TwoStageVAE(nn.Module):
     """Stage 1 over images, stage 2 over stage 1's latents (None where it was not trained).
 
-    Images are float32 [B,C,side,side] in [0,1]; what takes images takes uint8 too. All methods run in eval mode,
+    Images are float32 [B,C,H,W] in [0,1]; methods that take images take uint8 too. All methods run in eval mode,
     without gradients, on the device of the parameters.
     """
 
     latent_scale: Tensor
     variance_loss: Tensor
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, network: Network | None = None) -> None:
+        """network: stage 1's, where the configuration's name for it is not registered (see bvae.fit)."""
         super().__init__()
         self.config = config
-        self.stage1 = first_stage(config)
+        self.stage1 = first_stage(config, network)
         self.stage2 = second_stage(config) if config.epochs2 else None
         # The latent rescale (Asperti & Trentin 2020, section IV-B), measured on the training set at stage 2's end.
         self.register_buffer("latent_scale", torch.ones(2))  # factors for z of GEN-1 and GEN-2
@@ -55,8 +56,8 @@ class TwoStageVAE(nn.Module):
 
     def _images(self, images: Tensor) -> Tensor:
         c = self.config
-        if images.ndim != 4 or tuple(images.shape[1:]) != (c.channels, c.side, c.side):
-            raise ValueError(f"images must be [B,{c.channels},{c.side},{c.side}], not {list(images.shape)}")
+        if images.ndim != 4 or tuple(images.shape[1:]) != c.image_shape:
+            raise ValueError(f"images must be [B,{','.join(map(str, c.image_shape))}], not {list(images.shape)}")
         if not (images.is_floating_point() or images.dtype == torch.uint8):
             raise ValueError(f"images must be floats in [0,1] or uint8, not {images.dtype}")
         x = images.to(self.device)
@@ -72,7 +73,7 @@ class TwoStageVAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Latents [B,k] -> images [B,C,side,side] in [0,1]."""
+        """Latents [B,k] -> images [B,C,H,W] in [0,1]."""
         self.eval()
         k = self.config.latents
         if z.ndim != 2 or z.shape[1] != k:
@@ -148,19 +149,25 @@ class TwoStageVAE(nn.Module):
 
     def save_weights(self, folder: Path) -> None:
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
-        write_atomically(folder / WEIGHTS, save(tensors, {"format": "pt", "bvae_sha256": digest(tensors)}))
+        write_atomically(folder / WEIGHTS, encode_tensors(tensors, {"format": "pt", "bvae_sha256": digest(tensors)}))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
+    def from_pretrained(
+        cls, folder: str | Path, device: str | torch.device = "cpu", network: Network | None = None
+    ) -> Self:
         """The model that save_pretrained wrote; a finished run's folder will do. Raises UserError naming the file."""
         folder = Path(folder)
-        model = cls(read_config(folder))
+        model = cls(read_config(folder), network)
+        model.load_weights(folder)
+        return model.to(device).eval()
+
+    def load_weights(self, folder: Path) -> None:
+        """Takes over what save_weights wrote. Raises UserError naming the file."""
         path = folder / WEIGHTS
         tensors, metadata = read_tensors(path)
         if metadata.get("bvae_sha256", digest(tensors)) != digest(tensors):
             raise UserError(f"{path}: its content does not match its SHA-256: damaged or edited by hand")
-        model.load_tensors(tensors, path)
-        return model.to(device).eval()
+        self.load_tensors(tensors, path)
 
     def load_tensors(self, tensors: Mapping[str, Tensor], path: Path) -> None:
         """load_state_dict, with a UserError naming `path` and the first tensor that does not fit."""
@@ -177,26 +184,6 @@ class TwoStageVAE(nn.Module):
                 )
         self.load_state_dict(dict(tensors))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def load(
-    run: str | Path, checkpoint: Literal["last", "best"] = "last", device: str | torch.device = "cpu"
-) -> TwoStageVAE:
-    """The model of a run's folder, finished or not, or of one that save_pretrained wrote.
-
-    Args:
-        checkpoint: the last state, or the one with the best test loss of the stage that was last trained.
-
-    Raises:
-        UserError: naming the file that is missing, damaged or does not fit.
-    """
-    run = Path(run)
-    path = run / {"last": LAST, "best": BEST}[checkpoint]
-    if checkpoint == "last" and not exists(path):
-        return TwoStageVAE.from_pretrained(run, device)
-    model = TwoStageVAE(read_config(run))
-    model.load_tensors(under(load_checkpoint(path)[0], "model"), path)
-    return model.to(device).eval()
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -229,3 +216,10 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def _split(batch: Tensor) -> Iterator[Tensor]:
     return iter(batch.split(CHUNK) if len(batch) else (batch,))
+
+
+def __getattr__(name: str) -> Any:
+    """`load`, which reads a run's folder, has its home beside the rest that does."""
+    if name == "load":
+        return importlib.import_module("bvae.run.folder").load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -179,7 +179,7 @@ def other(value):
             return (*value, "decoder.scales")
 
 
-@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Config)])
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Config) if f.name != "options"])
 def test_exactly_the_run_defining_fields_are_named(name):
     c = PRESETS["celeba"]
     changed = dataclasses.replace(c, **{name: other(getattr(c, name))})

@@ -10,7 +10,8 @@ from bvae import sample
 from bvae.config import Config
 from bvae.errors import run_command
 from bvae.report.figures import image_grid
-from bvae.two_stage import TwoStageVAE, load, to_uint8
+from bvae.run.folder import load
+from bvae.two_stage import TwoStageVAE, to_uint8
 
 CONFIG = Config(preset="shapes", side=8, scales=2, base=4, fc=8, latents=3, hidden=16)
 

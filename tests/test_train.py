@@ -17,13 +17,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import bvae
+from bvae import api
+from bvae.api import make_trainer
 from bvae.data import load
 from bvae.engine import trainer
-from bvae.engine.trainer import Interrupted, Trainer
-from bvae.errors import UserError, run_command
+from bvae.errors import Interrupted, UserError, run_command
 from bvae.run.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from bvae.run.data import load_data
 from bvae.run.log import read_metrics
+from bvae.stages import build, images, latents
 from bvae.train import main, parse
 
 TINY = [
@@ -128,7 +130,7 @@ def test_every_balance_trains(tmp_path: Path, balance: list[str]) -> None:
 
 def test_amp_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 learns as fp32 does: the same seed ends near the same error."""
-    monkeypatch.setattr(trainer, "has_bf16", lambda device: True)
+    monkeypatch.setattr(api, "has_bf16", lambda device: True)
     plain, amp = train(tmp_path / "plain", "--epochs", "12"), train(tmp_path / "amp", "--amp", "--epochs", "12")
     first = read_metrics(tmp_path / "amp")[0]["mse"]
     assert amp["stage1"]["mse_sampled"] == pytest.approx(plain["stage1"]["mse_sampled"], rel=0.1)
@@ -140,7 +142,7 @@ def test_amp_without_bf16_units_is_fp32(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """... which is many times faster there, and says so."""
-    monkeypatch.setattr(trainer, "has_bf16", lambda device: False)
+    monkeypatch.setattr(api, "has_bf16", lambda device: False)
     train(tmp_path / "amp", "--amp")
     assert capsys.readouterr().out.count("--amp: in fp32, for there are no bf16 units here\n") == 1
     fp32, amp = (load_file(p / "model.safetensors") for p in (run, tmp_path / "amp"))
@@ -283,7 +285,7 @@ def test_a_stop_after_any_step_loses_nothing(step: int, tmp_path: Path) -> None:
     tiny = [*TINY, "--batch", "100", "--epochs", "2", "--epochs2", "2"]
     train(tmp_path / "whole", *tiny)
     config, _ = parse([*tiny, "--out", str(tmp_path / "run")])
-    trainer = Trainer(config, load_data(config), tmp_path / "run", quiet=True)
+    trainer = make_trainer(config, load_data(config), tmp_path / "run", quiet=True)
     left = step
 
     def count_down(n: int = 1, values: object = None) -> None:
@@ -339,7 +341,9 @@ def test_resuming_a_finished_run_changes_nothing_and_more_epochs_go_on(run: Path
         (["--side", "24"], "--side must be a power of two"),
         (["--scales", "9"], "--scales 9 does not fit"),
         (["--channels", "2"], "--channels must be 1 or 3"),
-        (["--gamma", "0.1"], "--gamma needs --balance fixed"),
+        (["--gamma", "0.1"], "--gamma needs --balance fixed, not computed"),
+        (["--balance", "guessed"], "there is no such balance; choose from computed, learned, fixed"),
+        (["--network", "guessed"], "there is no such network; choose from resnet"),
         (["--balance", "fixed"], "exactly one of --gamma and --beta"),
         (["--balance", "fixed", "--gamma", "1", "--beta", "1"], "exactly one of --gamma and --beta"),
         (["--l2", "0.1"], "--l2 and --l2-on go together"),
@@ -373,7 +377,7 @@ def test_refuses(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("argv", [["--no-such-flag"], ["--batch", "many"], ["--balance", "guessed"]])
+@pytest.mark.parametrize("argv", [["--no-such-flag"], ["--batch", "many"]])
 def test_the_parser_refuses_with_exit_code_2(
     argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -499,8 +503,10 @@ def test_steps_have_the_kernels_for_training_and_what_is_measured_has_not(
 
     monkeypatch.setattr(trainer, "training_kernels", kernels)
     watch(trainer.Step, "__call__")
-    for name in ("score_images", "score_latents", "encode_images", "recompute_statistics"):
-        watch(trainer, name)
+    watch(images, "score_images")
+    watch(images, "recompute_statistics")
+    watch(latents, "score_latents")
+    watch(build, "encode_images")
     train(tmp_path / "run", "--epochs", "1", "--epochs2", "1")
     measured = {(n, False) for n in ("score_images", "score_latents", "encode_images", "recompute_statistics")}
     assert seen == measured | {("__call__", True)}

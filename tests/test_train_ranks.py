@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bvae.engine.trainer import Interrupted, Trainer
-from bvae.errors import UserError
+from bvae.api import make_trainer
+from bvae.errors import Interrupted, UserError
 from bvae.run.checkpoint import LAST, load_checkpoint
 from bvae.run.data import load_data
 from bvae.run.log import read_metrics
@@ -139,7 +139,7 @@ def test_from_one_to_two_and_back(alone: Path, tmp_path: Path) -> None:
     """Stopped by signals, which reach the ranks at different steps: they must agree on where to stop."""
     run = tmp_path / "run"
     config, _ = parse([*RUN, "--out", str(run)])
-    trainer = Trainer(config, load_data(config), run, quiet=True)
+    trainer = make_trainer(config, load_data(config), run, quiet=True)
     trainer.stop = signal.SIGTERM
     with pytest.raises(Interrupted):
         trainer.run()
@@ -174,10 +174,10 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
     config, _ = parse([*RUN, "--out", str(tmp_path / "run")])
     data = load_data(config)
     with pytest.raises(UserError, match="--batch 50 is that of a whole step: 3 processes"):
-        Trainer(config, data, tmp_path / "run", world=World(0, 3))
+        make_trainer(config, data, tmp_path / "run", world=World(0, 3))
     config, _ = parse([*RUN, "--scales", "5", "--batch", "2", "--no-sync-bn"])
-    with pytest.raises(UserError, match="one image a process"):
-        Trainer(config, data, tmp_path / "run", world=World(0, 2))
+    with pytest.raises(UserError, match="1 a process"):
+        make_trainer(config, data, tmp_path / "run", world=World(0, 2))
     assert not list(tmp_path.iterdir())
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bvae.api import make_trainer
 from bvae.batches.mapped import is_mapped
 from bvae.batches.streamed import stays_in_file
 from bvae.config import Config
 from bvae.data.shapes import make_shapes
-from bvae.engine.trainer import Interrupted, Trainer
-from bvae.errors import run_command
+from bvae.engine.trainer import Trainer
+from bvae.errors import Interrupted, run_command
 from bvae.run.data import load_data
 from bvae.train import main, parse
 
@@ -73,7 +74,7 @@ def test_a_run_stopped_in_mid_epoch_goes_on_streamed_or_not(folder, in_memory, t
     out = tmp_path / "run"
     argv = ["--data", str(folder), "--out", str(out), "--stream", "always", "--epochs", "2", "--epochs2", "1"]
     config, _ = parse([*TINY, *argv])
-    trainer = Trainer(config, load_data(config), out, quiet=True)
+    trainer = make_trainer(config, load_data(config), out, quiet=True)
     left = 9  # steps, of 6 an epoch
 
     def count_down(n: int = 1, values: object = None) -> None:

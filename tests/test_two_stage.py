@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 
 import bvae
 from bvae.config import Config
+from bvae.engine.state import Moved
 from bvae.errors import UserError
-from bvae.models.norm import flatten_statistics
 from bvae.run.checkpoint import BEST, LAST, prefixed, save_checkpoint
-from bvae.two_stage import TwoStageVAE, load, read_config, to_uint8
+from bvae.run.folder import load
+from bvae.two_stage import TwoStageVAE, read_config, to_uint8
 
 CONFIG = Config(preset="shapes", side=8, scales=2, base=4, fc=8, latents=3, hidden=16)
 
@@ -268,7 +269,7 @@ def test_save_and_load_give_the_same_model(saved):
 
 def test_a_model_in_training_can_be_saved(tmp_path):
     model = build().to(memory_format=torch.channels_last)
-    flatten_statistics(model.stage1)
+    Moved(model.stage1, {})
     model.save_pretrained(tmp_path)
     same_model(load(tmp_path), model)
 

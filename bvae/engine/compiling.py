@@ -15,9 +15,9 @@ from bvae.engine.graph import Runner, make_runner, run_steps, undone
 from bvae.engine.step import Step
 from bvae.errors import UserError
 
-FEWEST = 1_000  # steps of a stage, below which nothing is tried
-PAYS = {"cpu": 1_800.0, "cuda": 180.0}  # seconds that a stage must take for some percent of it to exceed compilation
-WORTH = 0.98  # of the time without; what is closer is as well left alone
+MIN_STAGE_STEPS = 1_000  # a shorter stage tries nothing
+MIN_STAGE_SECONDS = {"cpu": 1_800.0, "cuda": 180.0}  # a few percent of a longer stage exceed the compilation
+MAX_TIME_RATIO = 0.98  # compiled over plain: a smaller gain is left alone
 ROUNDS = 7
 TURN = 2.0  # seconds, about
 
@@ -35,12 +35,12 @@ def compile_step(batches: Batches, step: Step) -> str | None:
     Changes nothing else. Returns None, or in one line why it cannot be done: the step is then what it was. Where
     several ranks train together they call it together, and it is done on all of them or on none.
     """
-    plain = step.objective
+    plain = step.minimise
     with undone(batches, step):
         why = step.compile(*batches.draw())
     (failed,) = step.world.largest(int(why is not None))
     if failed and why is None:
-        step.objective, why = plain, "another rank could not"
+        step.minimise, why = plain, "another rank could not"
     return why
 
 
@@ -70,15 +70,15 @@ def choose_way(
 
 def _faster(batches: Batches, step: Step, graph: bool, total: int, note: Callable[[str], None]) -> Way:
     plain = Way(make_runner(batches, step, graph), False)
-    if total < FEWEST:
+    if total < MIN_STAGE_STEPS:
         return plain
     with undone(batches, step):
         _seconds(plain.runner, batches, step, 1)
         duration = _seconds(plain.runner, batches, step, 1)
-    if duration * total < PAYS[batches.device.type]:
+    if duration * total < MIN_STAGE_SECONDS[batches.device.type]:
         return plain
     note("trying whether torch.compile makes it faster, which may take minutes")
-    objectives = {plain: step.objective}
+    objectives = {plain: step.minimise}
     if (why := compile_step(batches, step)) is not None:
         note(f"not compiled: {why}")
         return plain
@@ -86,10 +86,10 @@ def _faster(batches: Batches, step: Step, graph: bool, total: int, note: Callabl
         compiled = Way(make_runner(batches, step, graph), True)
     except UserError as error:
         raise UserError(f"{error}, or with --no-compile: its steps were compiled") from error
-    objectives[compiled] = step.objective
+    objectives[compiled] = step.minimise
     if compiled.runner.why_eager is not None and plain.runner.why_eager is None:
         note(f"not compiled: {compiled.runner.why_eager}")
-        step.objective = objectives[plain]
+        step.minimise = objectives[plain]
         return plain
 
     turn = min(100, max(1, round(TURN / duration)))
@@ -97,15 +97,15 @@ def _faster(batches: Batches, step: Step, graph: bool, total: int, note: Callabl
     with undone(batches, step):
         for round_ in range(1 + ROUNDS):
             for way, seconds in times.items():
-                step.objective = objectives[way]
+                step.minimise = objectives[way]
                 took = _seconds(way.runner, batches, step, turn) / turn
                 if round_:  # the first warms up
                     seconds.append(took)
     before, after = (statistics.median(seconds) for seconds in times.values())
     # Of turns beside each other: a machine whose speed drifts slows both alike.
     ratio = statistics.median(c / p for p, c in zip(times[plain], times[compiled], strict=True))
-    way = compiled if ratio < WORTH else plain
-    step.objective = objectives[way]
+    way = compiled if ratio < MAX_TIME_RATIO else plain
+    step.minimise = objectives[way]
     note(
         f"{'compiled' if way.compiled else 'not compiled'}: a step takes {1e3 * before:.2f} ms without torch.compile, "
         f"{1e3 * after:.2f} ms with it, {ratio:.2f} times as long in turns"

@@ -114,7 +114,7 @@ def make_runner(batches: Batches, step: Step, wanted: bool, obstacle: str | None
 
 
 def run_steps(runner: Runner, batches: Batches, steps: int, left: int) -> int:
-    """Runs so many steps, of an epoch with `left` batches left and over the next ones, alike in what they take.
+    """Runs `steps` steps, first of an epoch with `left` batches left, then of epochs like it.
 
     Returns how many batches are left then.
     """
@@ -129,9 +129,9 @@ def run_steps(runner: Runner, batches: Batches, steps: int, left: int) -> int:
 
 @contextmanager
 def undone(batches: Batches, step: Step) -> Iterator[Callable[[], None]]:
-    """Puts back what steps in the block have changed, at its end and where it calls what this gives.
+    """Restores model, optimizer and batch state on exit; the yielded function restores it earlier.
 
-    At its end there are no gradients. The weights' bf16 copies are right when it begins, and after each putting back.
+    No gradients are left at its end. The weights' bf16 copies are right when it begins and after each restoration.
     """
     state = [*step.state(), batches.position, *batches.state().values()]
     kept = [t.detach().clone() for t in state]
@@ -151,7 +151,7 @@ def undone(batches: Batches, step: Step) -> Iterator[Callable[[], None]]:
 
 
 def _first_line(error: BaseException) -> str:
-    """Of what went wrong first: the end of a recording that failed says no more than that it did."""
+    """First line of the root-cause error; CUDA's own error only says that the recording failed."""
     while error.__context__ is not None and not error.__suppress_context__:
         error = error.__context__
     return (str(error).splitlines() or [type(error).__name__])[0]

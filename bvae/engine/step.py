@@ -1,30 +1,20 @@
-"""One optimiser step of a VAE, the same for both stages; nothing in it waits for the device."""
+"""One optimiser step, the same for every stage and objective; nothing in it waits for the device."""
 
+from collections.abc import Callable, Sequence
 from types import FunctionType, MethodType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bvae import ops
-from bvae.balance import GaussianVAELoss, Loss
+from bvae.engine.state import Moved
 from bvae.models.half import Copies, halved_weights
-from bvae.models.norm import batch_norms, flatten_statistics
-from bvae.models.vae import VAE
+from bvae.models.norm import batch_norms
 from bvae.run.checkpoint import prefixed, under
+from bvae.stages.objective import Noise, Objective
 from bvae.world import ALONE, World
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # Adam's
-
-
-def vae_loss(
-    model: VAE, loss: GaussianVAELoss, x: Tensor, target: Tensor, rng: Tensor, amp: bool, first_sample: int = 0
-) -> tuple[Loss, Tensor]:
-    """The loss of a batch, and the moments [4,k] of its posterior (see ops.sample_kl, also for `first_sample`)."""
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-        mu, log_sigma = model.encoder(x)
-        z, kl, moments = ops.sample_kl(mu, log_sigma, rng, first_sample=first_sample)
-        recon = model.decoder(z)
-    return loss(recon, target, kl=kl, latents=mu.shape[1]), moments
 
 
 def _reason(error: Exception) -> str:
@@ -35,30 +25,32 @@ def _reason(error: Exception) -> str:
 
 
 class Sums:
-    """What is gathered over the steps since the last reset: on the device, read only when asked."""
+    """Sums over the steps since the last reset: on the device, read only when asked.
 
-    NAMES = ("loss", "nll", "kl", "mse", "balance")
+    Args:
+        parts: names of the figures that the objective reports.
+        latents: k of the posterior's moments [4,k]; 0 where there is no posterior.
+    """
 
-    def __init__(self, latents: int, device: torch.device) -> None:
-        self.parts = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+    def __init__(self, parts: Sequence[str], latents: int, device: torch.device) -> None:
+        self.names = tuple(parts)
+        self.parts = torch.zeros(len(parts), dtype=torch.float64, device=device)
         self.moments = torch.zeros(4, latents, dtype=torch.float64, device=device)
         self.counts = torch.zeros(2, dtype=torch.float64, device=device)  # good steps, steps that changed nothing
-        self.trouble = torch.zeros((), dtype=torch.float64, device=device)
-        """rises by 1 with a bad step, falls by 1/4 to 0 with a good one; not reset: grows where over 1 in 5 is bad"""
+        self.bad_step_score = torch.zeros((), dtype=torch.float64, device=device)
+        """+1 per non-finite step, -1/4 per good one, not below 0; grows only if more than one step in five is bad"""
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"parts": self.parts, "moments": self.moments, "counts": self.counts, "trouble": self.trouble}
+        return {"parts": self.parts, "moments": self.moments, "counts": self.counts, "trouble": self.bad_step_score}
 
-    def add(self, loss: Loss, moments: Tensor, good: Tensor) -> None:
-        # sse/(2 gamma2 D) per image, which the computed gamma keeps near 1/2.
-        balance = loss.mse / (2 * loss.gamma2)
-        values = torch.stack([loss.loss.float(), loss.nll, loss.kl, loss.mse, balance])
+    def add(self, parts: Tensor, moments: Tensor | None, good: Tensor) -> None:
         bad = ~good
         # masked_fill, not where: a number given to where becomes a tensor on the host, which CUDA would wait for.
-        self.parts += values.masked_fill(bad, 0.0)
-        self.moments += moments.masked_fill(bad, 0.0)
+        self.parts += parts.masked_fill(bad, 0.0)
+        if moments is not None:
+            self.moments += moments.masked_fill(bad, 0.0)
         self.counts += torch.stack([good, bad])
-        self.trouble.add_(bad, alpha=1.25).sub_(0.25).clamp_(min=0)
+        self.bad_step_score.add_(bad, alpha=1.25).sub_(0.25).clamp_(min=0)
 
     def reset(self) -> None:
         for t in (self.parts, self.moments, self.counts):
@@ -72,82 +64,65 @@ class Step:
 
     Args:
         model: on its device, in the memory format it trains in.
-        loss: on the same device; parameters of its own are trained too.
-        l2: weight of the sum of squares of `l2_kernels`, added to the loss.
-        world: the ranks that share a batch in equal parts; `loss` must then leave gamma2 to `follow`.
-        first_sample: the place of this rank's part in the batch.
+        objective: on the same device.
+        noise: see Noise; `first_sample` is the place of this rank's part in the batch.
+        latents: k of the objective's moments; 0 where it gives none.
+        amp: the objective runs the model in bf16: layers that can keep bf16 copies of their weights.
+        world: the ranks that share a batch in equal parts.
     """
 
     def __init__(
-        self,
-        model: VAE,
-        loss: GaussianVAELoss,
-        rng: Tensor,
-        latents: int,
-        amp: bool,
-        l2: float,
-        l2_kernels: list[Tensor],
-        world: World = ALONE,
-        first_sample: int = 0,
+        self, model: nn.Module, objective: Objective, noise: Noise, latents: int, amp: bool, world: World = ALONE
     ) -> None:
         self.world = world
-        self.first_sample = first_sample
         self.model = model
-        self.loss = loss
-        self.rng = rng
-        self.amp = amp
-        self.l2 = l2
-        self.l2_kernels = l2_kernels
-        self.parameters = [*model.parameters(), *loss.parameters()]
+        self.objective = objective
+        self.noise = noise
+        named = dict(model.named_parameters())
+        named |= {f"objective.{name}": p for name, p in objective.named_parameters()}
+        self.names, self.parameters = list(named), list(named.values())
+        device = noise.rng.device
         # A tensor, so that a captured step follows the schedule.
-        self.lr = torch.zeros((), device=rng.device)
+        self.lr = torch.zeros((), device=device)
         self.exp_avg, self.exp_avg_sq = (
             [torch.zeros_like(p, memory_format=torch.preserve_format) for p in self.parameters] for _ in range(2)
         )
-        self.steps = torch.zeros(len(self.parameters), device=rng.device)
-        self.statistics = flatten_statistics(model)
+        self.steps = torch.zeros(len(self.parameters), device=device)
+        self.moved = Moved(model, objective.state())
         # Ranks exchange gradients in float32, and what is penalised has a second gradient, in float32.
-        penalised = {id(w) for w in l2_kernels}
-        halved = halved_weights(model) if amp and world.size == 1 else []
-        self.copies = Copies([p for p in halved if id(p) not in penalised])
-        self.objective = self._objective
-        self.sums = Sums(latents, rng.device)
+        penalised = {id(m.weight) for m in getattr(objective, "penalised", ())}
+        copied = halved_weights(model) if amp and world.size == 1 else []
+        self.copies = Copies([p for p in copied if id(p) not in penalised])
+        self.minimise: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = objective
+        self.sums = Sums(objective.parts, latents, device)
 
     def set_lr(self, lr: float) -> None:
         self.lr.fill_(lr)
 
     def __call__(self, x: Tensor, target: Tensor) -> None:
-        before = [(t, t.clone()) for t in (self.statistics, self.loss.gamma2)]
-        total, loss, moments = self._gradients(x, target)
+        before = self.moved.keep()
+        total, parts, moments = self._gradients(x, target)
+        self.moved.adopt()
         if self.world.size > 1:
-            loss, total, moments = self._exchange(loss, total, moments)
+            total, parts, moments = self._exchange(total, parts, moments)
 
-        # What is not finite undoes the whole step, on the device.
-        halves = [self.copies.of.get(p) for p in self.parameters]
-        gradients = [p.grad if half is None else half.grad for p, half in zip(self.parameters, halves, strict=True)]
+        # A value that is not finite undoes the whole step, on the device.
+        copies = [self.copies.of.get(p) for p in self.parameters]
+        gradients = [p.grad if copy is None else copy.grad for p, copy in zip(self.parameters, copies, strict=True)]
         good = ops.all_finite([total, *(gradient for gradient in gradients if gradient is not None)])
         ops.adam(
-            self.parameters, gradients, self.exp_avg, self.exp_avg_sq, halves, self.steps, good, self.lr,
+            self.parameters, gradients, self.exp_avg, self.exp_avg_sq, copies, self.steps, good, self.lr,
             betas=BETAS, eps=EPS,
         )  # fmt: skip
-        for tensor, value in before:
-            tensor.copy_(torch.where(good, tensor, value))
-        self.sums.add(loss, moments, good)
+        self.moved.undo(before, good)
+        self.sums.add(parts, moments, good)
 
-    def _objective(self, x: Tensor, target: Tensor) -> tuple[Tensor, Loss, Tensor]:
-        """What is minimised, with its gradient; the loss in it and the posterior's moments."""
-        loss, moments = vae_loss(self.model, self.loss, x, target, self.rng, self.amp, self.first_sample)
-        total = loss.loss
-        if self.l2_kernels:
-            total = total + self.l2 * torch.stack([w.square().sum() for w in self.l2_kernels]).sum()
-        return total, Loss(loss.loss.detach(), *loss[1:]), moments
-
-    def _gradients(self, x: Tensor, target: Tensor) -> tuple[Tensor, Loss, Tensor]:
+    def _gradients(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         with self.copies:
-            total, loss, moments = self.objective(x, target)
+            total, parts, moments = self.minimise(self.model, x, target, self.noise)
         self.zero_grad()
         total.backward()
-        return total.detach(), loss, moments
+        return total.detach(), parts, moments
 
     def compile(self, x: Tensor, target: Tensor) -> str | None:
         """Lets torch.compile make the forward and backward pass of the steps to come, on batches like this one.
@@ -157,13 +132,16 @@ class Step:
         """
         if any(norm.gather is not None for norm in batch_norms(self.model)):
             return "--sync-bn, which exchanges statistics in the middle of a pass"
-        # With a code object of its own: what is compiled is kept with that, and a process may have so many variants.
-        own = FunctionType(Step._objective.__code__.replace(), globals())
-        self.objective = torch.compile(MethodType(own, self), fullgraph=True, dynamic=False)
+        # A code object of its own: Dynamo keeps its results with that, and limits how many variants it keeps.
+        call = type(self.objective).__call__
+        own = FunctionType(
+            call.__code__.replace(), call.__globals__, call.__name__, call.__defaults__, call.__closure__
+        )
+        self.minimise = torch.compile(MethodType(own, self.objective), fullgraph=True, dynamic=False)
         try:
             self._gradients(x, target)
-        except Exception as error:  # of any of its many tools; what is not theirs the step itself will raise again
-            self.objective = self._objective
+        except Exception as error:  # of any of its many tools; an error of ours the step itself will raise again
+            self.minimise = self.objective
             return _reason(error)
         return None
 
@@ -171,30 +149,36 @@ class Step:
         for p in (*self.parameters, *self.copies.of.values()):
             p.grad = None
 
-    def _exchange(self, loss: Loss, total: Tensor, moments: Tensor) -> tuple[Loss, Tensor, Tensor]:
-        """Makes gradients, statistics and gamma2 those of the whole batch, in one all-reduce; returns its figures.
+    def _exchange(self, total: Tensor, parts: Tensor, moments: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Makes gradients, statistics and the objective's state those of the whole batch, in one all-reduce.
 
-        What is not finite on one rank is so in the mean, on all of them: they agree on the step that is undone.
+        Returns total, parts and moments of the whole batch. A value that is not finite on one rank is so in the mean,
+        on all of them: they agree on the step that is undone.
         """
-        parts = torch.stack([loss.loss, loss.nll, loss.kl, loss.mse, total])
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        *gradients, statistics, parts, moments = self.world.means([*gradients, self.statistics, parts, moments])
-        for p, gradient in zip((p for p in self.parameters if p.grad is not None), gradients, strict=True):
+        with_gradient = [p for p in self.parameters if p.grad is not None]
+        gradients = [p.grad for p in with_gradient if p.grad is not None]
+        figures = torch.cat([parts, total.float().view(1)])
+        extra = [] if moments is None else [moments]
+        *means, statistics, figures, rest = self.world.means(
+            [*gradients, self.moved.statistics, figures, *(extra or [figures.new_zeros(0)])]
+        )
+        for p, gradient in zip(with_gradient, means, strict=True):
             p.grad = gradient
-        self.statistics.copy_(statistics)
-        whole, nll, kl, mse, total = parts.unbind()
-        self.loss.follow(mse)
-        return Loss(whole, nll, kl, mse, loss.gamma2), total, moments * self.world.size
+        self.moved.statistics.copy_(statistics)
+        parts, total = figures[:-1], figures[-1]
+        self.objective.pooled(parts)
+        return total, parts, None if moments is None else rest * self.world.size
 
     def state(self) -> list[Tensor]:
         """Every tensor that a step changes and the next one reads; some may share memory."""
-        return [*self.model.parameters(), *self.model.buffers(), *self.loss.parameters(), *self.tensors().values()]
+        return [*self.parameters, *self.model.buffers(), *self.tensors().values()]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state beside the model: optimiser, loss, noise and sums; fixed names, whatever the step."""
-        state = {"rng": self.rng, **prefixed(self.sums.tensors(), "sums"), **prefixed(self.loss.state_dict(), "loss")}
-        for i in range(len(self.parameters)):
-            state |= prefixed(self._adam(i), f"adam.{i}")
+        """The state beside the model: optimiser, objective, noise and sums; fixed names, whatever the step."""
+        state = {"rng": self.noise.rng, **prefixed(self.sums.tensors(), "sums")}
+        state |= prefixed({**self.objective.state(), **dict(self.objective.named_parameters())}, "loss")
+        for i, name in enumerate(self.names):
+            state |= prefixed(self._adam(i), f"adam.{name}")
         return state
 
     def _adam(self, i: int) -> dict[str, Tensor]:
@@ -202,17 +186,24 @@ class Step:
         return {"step": self.steps[i], "exp_avg": self.exp_avg[i], "exp_avg_sq": self.exp_avg_sq[i]}
 
     def load_tensors(self, state: dict[str, Tensor]) -> None:
-        """Takes over what tensors() gave. Raises KeyError or RuntimeError where it does not fit."""
-        self.rng.copy_(state["rng"])
-        self.loss.load_state_dict(under(state, "loss"))
-        for name, t in self.sums.tensors().items():
-            t.copy_(state[f"sums.{name}"])
-        for i, p in enumerate(self.parameters):
-            saved = under(state, f"adam.{i}")
-            for name, t in self._adam(i).items():
+        """Takes over what tensors() gave. Raises KeyError or RuntimeError where it does not fit.
+
+        Runs of before kept Adam's state by the parameters' numbers instead of their names.
+        """
+        own = self.tensors()
+        by_number = any(name.startswith("adam.0.") for name in state)
+        for i, name in enumerate(self.names):
+            saved = under(state, f"adam.{i if by_number else name}")
+            for key, t in self._adam(i).items():
+                del own[f"adam.{name}.{key}"]
                 if not saved:  # a state from before the first step may have none
                     t.zero_()
-                elif saved[name].shape != t.shape:
-                    raise RuntimeError(f"the moments of parameter {i} are not of its shape {list(p.shape)}")
+                elif saved[key].shape != t.shape:
+                    raise RuntimeError(f"the moments of parameter {name} are not of its shape {list(t.shape)}")
                 else:
-                    t.copy_(saved[name])
+                    t.copy_(saved[key])
+        with torch.no_grad():
+            for name, t in own.items():
+                if state[name].shape != t.shape:
+                    raise RuntimeError(f"{name} is {list(state[name].shape)}, not {list(t.shape)}")
+                t.copy_(state[name])

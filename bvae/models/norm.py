@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from bvae import ops
 
-ALIGNED = 32  # floats: the 128 bytes at whose multiples a tensor of its own would begin, as vectorised kernels assume
-
 
 class BatchNorm2d(nn.Module):
     """Batch normalisation over [B,C,H,W] (per channel), affine.
@@ -85,41 +83,31 @@ class BatchNormReLU(BatchNorm2d):
         )
 
 
+Norm = BatchNorm2d | nn.modules.batchnorm._BatchNorm
+"""ours, or one of torch's"""
+
+
 def batch_norms(model: nn.Module) -> Iterator[BatchNorm2d]:
+    """The batch norms of our own networks."""
     return (m for m in model.modules() if isinstance(m, BatchNorm2d))
 
 
-def flatten_statistics(model: nn.Module) -> Tensor:
-    """Moves all running statistics of `model` into one float32 vector, which the buffers then share; returns it.
-
-    Call it once the model is on its device (moving it again parts them): all of them can then be kept and put back in
-    one operation. Each begins at a multiple of ALIGNED elements; what lies between them is zero.
-    """
-    buffers = [(n, name) for n in batch_norms(model) for name in ("running_mean", "running_var", "running_weight")]
-    if not buffers:
-        return next(model.parameters()).new_zeros(0)
-    pieces = [getattr(n, name).reshape(-1) for n, name in buffers]
-    flat = torch.cat([F.pad(piece, (0, -len(piece) % ALIGNED)) for piece in pieces])
-    first = 0
-    for n, name in buffers:
-        shape, stride = getattr(n, name).shape, getattr(n, name).stride()
-        # Not a view: views share one version counter, and autograd would take one layer's update for another's.
-        setattr(n, name, flat.new_empty(0).set_(flat.untyped_storage(), first, shape, stride))
-        first += -(-shape.numel() // ALIGNED) * ALIGNED
-    return flat
+def running_norms(model: nn.Module) -> Iterator[Norm]:
+    """Every batch norm that keeps running statistics, torch's among them."""
+    return (m for m in model.modules() if isinstance(m, Norm) and m.running_mean is not None)
 
 
 @contextmanager
-def _cumulative(norms: list[BatchNorm2d]) -> Iterator[Callable[[int], None]]:
+def _cumulative(norms: list[Norm]) -> Iterator[Callable[[int], None]]:
     """Lets the statistics be plain means over the batches seen: batch t is mixed in with weight 1/t."""
     kept = [n.momentum for n in norms]
 
     def begin(batch: int) -> None:
         for n in norms:
             n.momentum = 1.0 / batch
-            if batch == 1:  # weight 1 would forget what was there, but not a NaN
-                n.running_mean.zero_()
-                n.running_var.zero_()
+            if batch == 1:  # weight 1 would forget the old values, but not a NaN
+                n.running_mean.zero_()  # type: ignore[union-attr]
+                n.running_var.zero_()  # type: ignore[union-attr]
 
     try:
         yield begin
@@ -132,20 +120,24 @@ def _cumulative(norms: list[BatchNorm2d]) -> Iterator[Callable[[int], None]]:
 def recompute_statistics(model: nn.Module, batches: Iterable[Tensor], forward: Callable[[Tensor], object]) -> int:
     """Replaces every batch norm's running statistics by their plain mean over `batches` under the weights as they are.
 
-    The moving averages lag while the weights move fast (docs/method.md gives figures). Returns the number of batches
-    used; the model is left in the mode it was in. `forward(x)` must run every batch norm of `model` once.
+    The moving averages lag while the weights move fast (docs/method.md gives figures). All else of the model is in eval
+    mode meanwhile: the statistics are those of the network that is evaluated, without dropout. Returns the number of
+    batches used; modules are left in the mode they were in. `forward(x)` must run every batch norm once.
     """
-    norms = list(batch_norms(model))
-    was_training = model.training
+    norms = list(running_norms(model))
+    modes = [(m, m.training) for m in model.modules()]
     count = 0
     if not norms:
         return count
-    model.train()
+    model.eval()
+    for n in norms:
+        n.train()
     try:
         with _cumulative(norms) as begin:
             for count, x in enumerate(batches, start=1):
                 begin(count)
                 forward(x)
     finally:
-        model.train(was_training)
+        for m, mode in modes:
+            m.training = mode
     return count

@@ -2,14 +2,20 @@
 
 import math
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bvae.config.registry import Part
+from bvae.errors import UserError
 from bvae.models.conv import Conv3x3, ConvTranspose3x3
 from bvae.models.half import Linear
 from bvae.models.norm import BatchNormReLU
+
+if TYPE_CHECKING:
+    from bvae.config import Config
 
 MAX_DECODER_CHANNELS = 1024
 
@@ -110,3 +116,27 @@ class ResNetDecoder(nn.Module):
         for up, scale in zip(self.upsample, self.scales, strict=True):
             y = scale(up(y))
         return self.conv(y)
+
+
+def build(c: "Config") -> tuple[ResNetEncoder, ResNetDecoder]:
+    """The ResNet over images [B,C,side,side]; the decoder gives logits."""
+    return (
+        ResNetEncoder(c.channels, c.latents, c.scales, c.blocks, c.base, c.fc),
+        ResNetDecoder(c.channels, c.latents, c.height, c.blocks, c.base),
+    )
+
+
+def check(c: "Config") -> None:
+    """Raises UserError for a side that is no power of two, and for more scales than it has halvings."""
+    side = c.height
+    if c.width != side or side < 4 or side & (side - 1):
+        asked = side if c.width == side else f"{side}x{c.width}"
+        raise UserError(f"--side must be a power of two from 4 for --network resnet, not {asked}")
+    fits = int(math.log2(side)) + 1
+    if c.scales > fits:
+        raise UserError(f"--scales {c.scales} does not fit a side of {side}: at most {fits}")
+    if c.batch == 1 and side >> (c.scales - 1) == 1:
+        raise UserError("--batch 1 needs fewer --scales: batch norm cannot normalise one pixel")
+
+
+RESNET = Part("resnet", build, check, uses=("scales", "blocks", "base", "fc", "l2", "l2_on"))

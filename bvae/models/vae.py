@@ -1,10 +1,21 @@
-"""A VAE as an encoder and a decoder, and the two of them stacked: the model a run trains."""
+"""A VAE as an encoder and a decoder, and how the networks of both stages are made."""
 
-from torch import Tensor, nn
+from collections.abc import Callable
+from inspect import Parameter, signature
+
+import torch
+from torch import nn
 
 from bvae.config import Config
+from bvae.config.registry import networks
+from bvae.errors import UserError
 from bvae.models.dense import DenseDecoder, DenseEncoder
-from bvae.models.resnet import ResNetDecoder, ResNetEncoder
+
+CUSTOM = "custom"  # the name, in a configuration, of a network that was given as modules
+
+Pair = tuple[nn.Module, nn.Module]
+Network = Pair | Callable[..., Pair]
+"""an encoder and a decoder, or a function that makes them, of the configuration or of nothing"""
 
 
 class VAE(nn.Module):
@@ -16,12 +27,29 @@ class VAE(nn.Module):
         self.decoder = decoder
 
 
-def first_stage(c: Config) -> VAE:
-    """The ResNet VAE over images [B,C,side,side]; the decoder gives logits."""
-    return VAE(
-        ResNetEncoder(c.channels, c.latents, c.scales, c.blocks, c.base, c.fc),
-        ResNetDecoder(c.channels, c.latents, c.side, c.blocks, c.base),
-    )
+def first_stage(c: Config, network: Network | None = None) -> VAE:
+    """The VAE over images [B,C,H,W]; the decoder gives logits.
+
+    Args:
+        network: in place of the one that the configuration names.
+
+    Raises UserError where the configuration names none that is registered, and none is given.
+    """
+    if network is None and c.network not in networks:
+        raise UserError(
+            f"the network {c.network!r} of this run is neither registered nor given: give its modules "
+            f"(bvae.load(run, network=(encoder, decoder))), or call bvae.register_network({c.network!r}, build) first"
+        )
+    made = network if isinstance(network, tuple) else _call(network or networks[c.network].build, c)
+    return VAE(*made)
+
+
+def _call(build: Callable[..., Pair], c: Config) -> Pair:
+    """build(c), or build() of a function that asks for nothing."""
+    positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = signature(build).parameters.values()
+    asks = any(p.default is Parameter.empty and p.kind in positional for p in parameters)
+    return build(c) if asks else build()
 
 
 def second_stage(c: Config) -> VAE:
@@ -33,7 +61,34 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def l2_kernels(model: VAE, groups: tuple[str, ...]) -> list[Tensor]:
-    """Convolution kernels of the named parts (`encoder.downsample`, ...), for the l2 penalty."""
+def penalised_modules(model: VAE, groups: tuple[str, ...]) -> list[nn.Module]:
+    """Convolutions of the named parts (`encoder.downsample`, ...), whose kernels the l2 penalty is on."""
     modules = (m for group in groups for m in model.get_submodule(group).modules())
-    return [m.weight for m in modules if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    return [m for m in modules if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+
+
+@torch.no_grad()
+def latents_of(model: VAE, c: Config) -> int:
+    """k of a first stage, found by passing two grey images; the networks keep their state.
+
+    Raises UserError where encoder and decoder do not fit each other or the images.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    x = torch.full((2, *c.image_shape), 0.5, device=device).contiguous(memory_format=torch.channels_last)
+    try:
+        encoded = model.encoder(x)
+        mu, log_sigma = encoded if isinstance(encoded, tuple | list) else (encoded, None)
+        recon = model.decoder(mu)
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the network does not take images {list(x.shape)}: {reason}") from error
+    finally:
+        model.train(was_training)
+    if mu.ndim != 2 or len(mu) != 2 or (log_sigma is not None and log_sigma.shape != mu.shape):
+        given = [list(mu.shape)] + ([list(log_sigma.shape)] if log_sigma is not None else [])
+        raise UserError(f"the encoder must give (mu, log_sigma), each [B,k]; it gives {given} of 2 images")
+    if recon.shape != x.shape:
+        raise UserError(f"the decoder must give logits {list(x.shape)}; it gives {list(recon.shape)}")
+    return mu.shape[1]

@@ -33,6 +33,20 @@ def digest(tensors: Mapping[str, Tensor], description: str = "") -> str:
     return h.hexdigest()
 
 
+def encode_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file of tensors on the CPU. Equal tensors and metadata give equal bytes.
+
+    The library itself writes the header's metadata in an order that changes from call to call.
+    """
+    data = save(dict(tensors), dict(metadata))
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items())), **header}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(data)[end:]))
+
+
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
     """Writes `tensors` and the JSON-able `description` to `path`.
 
@@ -41,7 +55,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], description: Mapp
     host = {name: t.detach().to("cpu", copy=False).contiguous() for name, t in tensors.items()}
     text = encode_json(description)
     metadata = {"bvae": text, "bvae_format": str(FORMAT), "bvae_sha256": digest(host, text)}
-    write_atomically(path, save(host, metadata))
+    write_atomically(path, encode_tensors(host, metadata))
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a training run writes down as it goes: ``metrics.jsonl``, TensorBoard, a tracker, and the progress display.
+"""The log of a training run: ``metrics.jsonl``, TensorBoard, a tracker, and the progress display.
 
 Only the process that owns the run folder gives a `RunLog` a folder; every other rank of a distributed run gives it
 None and may then make all the same calls, which do nothing.
@@ -9,29 +9,22 @@ import io
 import json
 import math
 import os
-import re
-import time
 from collections.abc import Callable, Iterator, Mapping
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from PIL import Image
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.console import Console
 
 from bvae.errors import Interrupted, UserError
 from bvae.files import encode_json, write_atomically, writing
+from bvae.run.display import Display
+from bvae.run.tensorboard import EventFile
 from bvae.run.trackers import Status, Tracker
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
-SHOWN = ("loss", "mse", "kl", "gamma2")  # what the display shows of an epoch, in this order
-REFRESH_SECONDS = 0.25
-HISTOGRAM_BUCKETS = 32
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
@@ -83,98 +76,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [{key: _decoded(value) for key, value in record.items()} for record in _parse_metrics(folder / METRICS)]
 
 
-class _EventFile:
-    """A TensorBoard event file, written synchronously.
-
-    `torch.utils.tensorboard.SummaryWriter` writes from a thread of its own: on a full disk that thread dies with a
-    traceback on stderr. Its file names order by second, host and process, so a quick resume may sort before the file
-    it continues, which turns the purge around.
-    """
-
-    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
-        """Open a new event file in `folder`. What earlier files there say of `purge_step` and later is void."""
-        # Here because these take a third of a second, which a process that only reads metrics need not spend.
-        from tensorboard.compat.proto import event_pb2, summary_pb2  # type: ignore[import-untyped]
-        from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
-
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        self._histogram = summary_pb2.HistogramProto
-        self._folder = folder
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            stamps = [re.match(r"events\.out\.tfevents\.(\d+)", path.name) for path in folder.iterdir()]
-            # TensorBoard reads the files of a folder in the order of their names.
-            stamp = max([int(time.time()), *(int(match[1]) + 1 for match in stamps if match)])
-            self._file = open(folder / f"events.out.tfevents.{stamp:010d}.bvae", "xb")  # noqa: SIM115 (closed by close)
-        self._records = RecordWriter(self._file)
-        self._write(file_version="brain.Event:2")
-        if purge_step is not None:
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._write(step=purge_step, session_log=start)
-        self.flush()
-
-    def _write(self, **fields: Any) -> None:
-        with writing(self._folder):
-            self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
-
-    def values(self, values: Mapping[str, Any], step: int) -> None:
-        """Numbers as scalars, lists of numbers as histograms of their finite elements; anything else is passed over."""
-        found = []
-        for tag, value in values.items():
-            if isinstance(value, int | float):
-                found.append(self._summary.Value(tag=tag, simple_value=value))
-            elif isinstance(value, list):
-                array = np.asarray(value, dtype=np.float64)
-                array = array[np.isfinite(array)]
-                if array.size:
-                    found.append(self._summary.Value(tag=tag, histo=self._histogram_of(array)))
-        self._write(step=step, summary=self._summary(value=found))
-
-    def _histogram_of(self, array: np.ndarray) -> Any:
-        counts, edges = np.histogram(array, HISTOGRAM_BUCKETS)
-        return self._histogram(
-            min=array.min(),
-            max=array.max(),
-            num=array.size,
-            sum=array.sum(),
-            sum_squares=(array**2).sum(),
-            bucket_limit=edges[1:],
-            bucket=counts,
-        )
-
-    def image(self, tag: str, array: np.ndarray, step: int) -> None:
-        png = io.BytesIO()
-        height, width, channels = array.shape
-        Image.fromarray(array[:, :, 0] if channels == 1 else array).save(png, "png")
-        image = self._summary.Image(
-            height=height, width=width, colorspace=channels, encoded_image_string=png.getvalue()
-        )
-        self._write(step=step, summary=self._summary(value=[self._summary.Value(tag=tag, image=image)]))
-
-    def flush(self) -> None:
-        with writing(self._folder):
-            self._file.flush()
-
-    def close(self) -> None:
-        with writing(self._folder):
-            self._file.close()
-
-
-class _Bar(Progress):
-    """A progress bar with the latest numbers on a line of their own: together they do not fit into 80 columns."""
-
-    numbers = ""
-
-    def get_renderables(self) -> Iterator[RenderableType]:
-        yield self.make_tasks_table(self.tasks)
-        yield Text(self.numbers)
-
-
-def _numbers(values: Mapping[str, Any]) -> str:
-    """The shown part of `values` on one line."""
-    return "  ".join(f"{key} {values[key]:.5g}" for key in SHOWN if key in values)
-
-
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, float]]:
     """Every number in nested mappings, under its path."""
     if isinstance(value, Mapping):
@@ -218,10 +119,9 @@ class RunLog:
         self._folder = folder
         self._tracker = tracker
         self._resume_after = resume_after
-        self._console = None if quiet or folder is None else console or Console()
-        self._events: dict[int, _EventFile] = {}
-        self._bar: _Bar | None = None
-        self._stage = self._done = 0
+        self._display = None if quiet or folder is None else Display(console or Console())
+        self._events: dict[int, EventFile] = {}
+        self._stage = 0
         if folder is None:
             return
         path = folder / METRICS
@@ -244,7 +144,7 @@ class RunLog:
         if data != path.read_bytes():
             write_atomically(path, data)
 
-    def _events_of(self, stage: int) -> _EventFile:
+    def _events_of(self, stage: int) -> EventFile:
         assert self._folder is not None
         if stage not in self._events:
             # TensorBoard drops everything of a folder from the purged step on, whatever its tag: hence a folder a
@@ -253,7 +153,7 @@ class RunLog:
             if self._resume_after is not None:
                 kept = self._resume_after.get(stage, 0)
                 purge_step = kept + 1 if kept else 0
-            self._events[stage] = _EventFile(self._folder / TENSORBOARD / f"stage{stage}", purge_step)
+            self._events[stage] = EventFile(self._folder / TENSORBOARD / f"stage{stage}", purge_step)
         return self._events[stage]
 
     def epoch(self, record: Mapping[str, Any]) -> None:
@@ -276,7 +176,8 @@ class RunLog:
         events.values(mirrored, epoch)
         events.flush()
         self._track(lambda tracker: tracker.values(mirrored, epoch))
-        self._show_epoch(record)
+        if self._display is not None:
+            self._display.epoch(record)
 
     def _append(self, line: bytes) -> None:
         assert self._folder is not None
@@ -348,38 +249,15 @@ class RunLog:
         to `step` with n = 1, for the live images/s in the terminal (0: not shown until the first epoch is over);
         total_steps: of the stage, where it ends before its last epoch does.
         """
-        self._stop_bar()
-        self._stage, self._epochs, self._steps_per_epoch = stage, epochs, steps_per_epoch
-        self._images_per_step = images_per_step
-        self._first, self._done, self._total = first_step, first_step, total_steps or epochs * steps_per_epoch
-        self._started = self._refreshed = time.monotonic()
-        self._values: dict[str, Any] = {}
-        if self._console is None:
-            return
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
-            self._bar = _Bar(
-                TextColumn("stage {task.fields[stage]}  epoch {task.fields[epoch]}/{task.fields[epochs]}  step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=None),
-                TimeRemainingColumn(elapsed_when_finished=True),
-                console=self._console,
-                auto_refresh=False,  # by hand in step(): a thread would compete with the one that feeds the device
-                expand=True,
-            )
-            self._task = self._bar.add_task(
-                "", total=self._total, completed=first_step, stage=stage, epoch=self._current_epoch(), epochs=epochs
-            )
-            with writing(Path("standard output")):
-                self._bar.start()
-            self._refresh()
-        else:
-            begun = f", from step {first_step}" if first_step else ""
-            self._say(f"stage {stage}: {epochs} epochs of {steps_per_epoch} steps{begun}")
+        self._stage = stage
+        if self._display is not None:
+            total = total_steps or epochs * steps_per_epoch
+            self._display.start(stage, epochs, steps_per_epoch, first_step, images_per_step, total)
 
     def note(self, line: str) -> None:
         """Say something once, above the progress display."""
-        if self._console is not None:
-            self._say(line)
+        if self._display is not None:
+            self._display.note(line)
 
     def step(self, n: int = 1, values: Mapping[str, float] | None = None) -> None:
         """Count `n` more steps. Cheap: it touches no device and draws at most four times a second.
@@ -387,17 +265,13 @@ class RunLog:
         values: numbers on the host to show from now on, under the keys of `epoch`'s record, where the caller has
         them between two epochs.
         """
-        self._done += n
-        if self._bar is None:
-            return
-        if values:
-            self._values |= values
-        if time.monotonic() - self._refreshed >= REFRESH_SECONDS:
-            self._refresh()
+        if self._display is not None:
+            self._display.step(n, values)
 
     def close(self, status: Status = "finished") -> None:
         """Restore the terminal and close the files. May be called again. status: how the tracker's run has ended."""
-        self._stop_bar()
+        if self._display is not None:
+            self._display.stop()
         self._track(lambda tracker: tracker.close(status))
         self._tracker = None
         if self._folder is not None:
@@ -413,51 +287,3 @@ class RunLog:
     ) -> None:
         stopped = kind is not None and issubclass(kind, Interrupted | KeyboardInterrupt)
         self.close("finished" if kind is None else "stopped" if stopped else "failed")
-
-    def _current_epoch(self) -> int:
-        return min(self._done // max(self._steps_per_epoch, 1) + 1, self._epochs)
-
-    def _rate(self) -> float:
-        """Steps a second since the stage began in this process."""
-        return (self._done - self._first) / max(time.monotonic() - self._started, 1e-9)
-
-    def _refresh(self) -> None:
-        assert self._bar is not None
-        self._refreshed = time.monotonic()
-        numbers = _numbers(self._values)
-        images_per_s = self._rate() * self._images_per_step or self._values.get("images_per_s", 0)
-        if images_per_s:
-            numbers += f"  {images_per_s:,.0f} images/s"
-        self._bar.numbers = numbers.strip()
-        with writing(Path("standard output")):
-            self._bar.update(self._task, completed=self._done, epoch=self._current_epoch())
-            self._bar.refresh()
-
-    def _show_epoch(self, record: Mapping[str, Any]) -> None:
-        if self._console is None or self._stage != record["stage"]:
-            return
-        self._done = record.get("step", self._done)
-        if self._bar is not None:
-            self._values |= record
-            self._refresh()
-            return
-        parts = [f"stage {record['stage']}  epoch {record['epoch']}/{self._epochs}  step {self._done}"]
-        parts.append(_numbers(record))
-        if "images_per_s" in record:
-            parts.append(f"{record['images_per_s']:,.0f} images/s")
-        if self._rate():
-            left = max(self._total - self._done, 0) / self._rate()
-            parts.append(f"{timedelta(seconds=round(left))} left")
-        self._say("  ".join(part for part in parts if part))
-
-    def _say(self, line: str) -> None:
-        assert self._console is not None
-        with writing(Path("standard output")):
-            self._console.print(line, soft_wrap=True, markup=False, highlight=False)
-
-    def _stop_bar(self) -> None:
-        if self._bar is not None:
-            bar, self._bar = self._bar, None
-            with writing(Path("standard output")):
-                bar.update(self._task, completed=self._done)
-                bar.stop()

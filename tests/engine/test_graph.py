@@ -20,7 +20,8 @@ from bvae.engine.graph import STEPS, Eager, Graph, make_runner
 from bvae.engine.step import Step
 from bvae.errors import UserError
 from bvae.models.half import Copies
-from bvae.models.vae import first_stage, l2_kernels, second_stage
+from bvae.models.vae import first_stage, penalised_modules, second_stage
+from bvae.stages.objective import Noise, VAEObjective
 from bvae.train import main
 from bvae.world import World
 
@@ -43,11 +44,12 @@ def make(stage=1, balance="computed", device="cpu", hflip=True, amp=False, count
         size = (count, CONFIG.side, CONFIG.side, 3)
         images = torch.randint(0, 256, size, dtype=torch.uint8, generator=g).to(device)
         batches = ImageBatches(images, 4, 0, torch.bfloat16 if amp else torch.float32, hflip)
-        kernels = l2_kernels(model, ("decoder.upsample",))
+        kernels = penalised_modules(model, ("decoder.upsample",))
     else:
         mu = torch.randn(count, 3, generator=g).to(device)
         batches, kernels = LatentBatches(mu, mu / 4 - 1, 4, 0), []
-    step = Step(model, loss, ops.make_rng(7, device), 3, amp, 0.01 if kernels else 0.0, kernels)
+    objective = VAEObjective(loss, amp, 0.01 if kernels else 0.0, kernels)
+    step = Step(model, objective, Noise(ops.make_rng(7, device)), 3, amp)
     step.set_lr(1e-2)
     batches.begin(0)
     return batches, step
@@ -376,15 +378,15 @@ def test_a_run_does_not_depend_on_the_graph(deterministic, tmp_path, capfd):
 LOOKING = """
 import sys
 import bvae.train
-from bvae.engine import step
+from bvae.stages.objective import VAEObjective
 
-looked_at = step.vae_loss
+call = VAEObjective.__call__
 
-def vae_loss(model, loss, x, *more):
+def look(objective, model, x, *more):
     x.sum().item()
-    return looked_at(model, loss, x, *more)
+    return call(objective, model, x, *more)
 
-step.vae_loss = vae_loss
+VAEObjective.__call__ = look
 sys.exit(bvae.train.main(sys.argv[1:]))
 """
 

@@ -8,7 +8,8 @@ from bvae import ops
 from bvae.balance import make_loss
 from bvae.config import Config
 from bvae.engine.step import Step
-from bvae.models.vae import first_stage, l2_kernels, second_stage
+from bvae.models.vae import first_stage, penalised_modules, second_stage
+from bvae.stages.objective import Noise, VAEObjective
 
 CONFIG = Config(preset="shapes", side=8, scales=2, base=4, fc=8, latents=3, hidden=16)
 BALANCES = ["computed", "learned", "fixed"]
@@ -24,7 +25,8 @@ def make(balance="computed", l2=0.0, groups=(), amp=False, lr=1e-2):
     torch.manual_seed(0)
     model = first_stage(CONFIG).to(memory_format=torch.channels_last)
     loss = make_loss(balance, gamma=0.3 if balance == "fixed" else None)
-    step = Step(model, loss, ops.make_rng(7), 3, amp, l2, l2_kernels(model, groups))
+    objective = VAEObjective(loss, amp, l2, penalised_modules(model, groups))
+    step = Step(model, objective, Noise(ops.make_rng(7)), 3, amp)
     step.set_lr(lr)
     return step
 
@@ -56,10 +58,10 @@ def test_the_loss_falls(balance):
     assert losses[-1] < losses[0] - 1
     # 30 steps of the rule with an error near 0.09
     expected = {"computed": 0.99**30 + 0.09 * (1 - 0.99**30), "learned": 1.0, "fixed": 0.09}[balance]
-    assert step.loss.gamma2.item() == pytest.approx(expected, rel=0.05 if balance == "computed" else 1e-6)
+    assert step.objective.loss.gamma2.item() == pytest.approx(expected, rel=0.05 if balance == "computed" else 1e-6)
     if balance == "learned":
-        assert step.loss.log_gamma < -0.1
-    assert step.tensors()["adam.0.step"] == 30
+        assert step.objective.loss.log_gamma < -0.1
+    assert step.tensors()[f"adam.{step.names[0]}.step"] == 30
 
 
 def test_one_step_is_the_plain_one():
@@ -82,7 +84,7 @@ def test_one_step_is_the_plain_one():
         # Adam's first step is lr * sign(gradient): entries whose gradient is all rounding may go either way.
         sure = b.grad.abs() > 1e-3 * largest
         torch.testing.assert_close(a[sure], b[sure], rtol=0, atol=1e-4, msg=name)
-    torch.testing.assert_close(step.loss.gamma2, loss.gamma2)
+    torch.testing.assert_close(step.objective.loss.gamma2, loss.gamma2)
 
 
 def test_noise_differs_from_step_to_step():
@@ -126,7 +128,7 @@ def test_l2_adds_its_gradient_to_its_kernels_alone(groups):
     plain, penalised = make(lr=0.0), make(lr=0.0, l2=0.25, groups=groups)
     for step in (plain, penalised):
         step(*batch())
-    chosen = {id(w) for w in penalised.l2_kernels}
+    chosen = {id(m.weight) for m in penalised.objective.penalised}
     assert chosen
     for (name, a), b in zip(penalised.model.named_parameters(), plain.model.parameters(), strict=True):
         if a.grad is None and b.grad is None:  # a bias that batch norm cancels
@@ -162,7 +164,8 @@ def test_bf16_copies_change_no_more_than_roundings(stage, monkeypatch):
             monkeypatch.setattr("bvae.engine.step.halved_weights", lambda model: [])
         torch.manual_seed(0)
         model = (first_stage if stage == 1 else second_stage)(CONFIG)
-        step = Step(model, make_loss("computed", logits=stage == 1), ops.make_rng(7), 3, True, 0.0, [])
+        objective = VAEObjective(make_loss("computed", logits=stage == 1), amp=True)
+        step = Step(model, objective, Noise(ops.make_rng(7)), 3, True)
         step.set_lr(1e-3)
         assert bool(step.copies.of) == copied
         for seed in range(5):
@@ -194,7 +197,7 @@ def step_noise(seed):
 def test_the_second_stage_trains_by_the_same_step():
     torch.manual_seed(0)
     model = second_stage(CONFIG)
-    step = Step(model, make_loss("computed", logits=False), ops.make_rng(0), 3, False, 0.0, [])
+    step = Step(model, VAEObjective(make_loss("computed", logits=False)), Noise(ops.make_rng(0)), 3, False)
     step.set_lr(1e-2)
     z = torch.randn(64, 3)
     losses = []
@@ -229,7 +232,7 @@ BAD = {
     "infinite gradient": infinite_gradient,
 }
 # What tells that a step was bad, and the noise, which goes on.
-TOLD = ("rng", "sums.counts", "sums.trouble", "loss.skipped")
+TOLD = ("rng", "sums.counts", "sums.trouble")
 
 
 @pytest.mark.parametrize("balance", BALANCES)
@@ -251,13 +254,13 @@ def test_a_bad_step_changes_nothing_and_is_counted(balance, how, steps_before):
 def test_the_next_good_step_is_the_one_there_would_have_been(balance, how):
     hurt, spared = make(balance), make(balance)
     BAD[how](hurt)
-    spared.rng[1] += 1  # the bad step used up its noise
+    spared.noise.rng[1] += 1  # the bad step used up its noise
     for seed in range(2):
         for step in (hurt, spared):
             step(*batch(seed))
     same(state(hurt), state(spared), TOLD[1:])
     assert hurt.sums.counts.tolist() == [2, 1]
-    assert hurt.tensors()["adam.0.step"] == 2
+    assert hurt.tensors()[f"adam.{hurt.names[0]}.step"] == 2
 
 
 def test_a_bad_step_under_amp():
@@ -323,7 +326,7 @@ def test_a_state_of_another_model_is_not_taken_silently():
     step = make()
     step(*batch())
     saved = {name: t.clone() for name, t in step.tensors().items()}
-    saved["adam.0.exp_avg"] = torch.zeros(1)
+    saved[f"adam.{step.names[0]}.exp_avg"] = torch.zeros(1)
     with pytest.raises((RuntimeError, KeyError)):
         make().load_tensors(saved)
 

@@ -19,7 +19,7 @@ from bvae.balance import BalancedLoss
 from bvae.batches.resident import ImageBatches
 from bvae.config import PRESETS
 from bvae.engine import compiling, graph
-from bvae.engine.compiling import FEWEST, PAYS, choose_way, compile_step
+from bvae.engine.compiling import MIN_STAGE_SECONDS, MIN_STAGE_STEPS, choose_way, compile_step
 from bvae.engine.graph import Eager, Graph, make_runner
 from bvae.engine.step import Step, _reason
 from bvae.errors import UserError
@@ -28,6 +28,7 @@ from bvae.models.half import Linear
 from bvae.models.norm import BatchNormReLU, batch_norms
 from bvae.models.vae import VAE, first_stage
 from bvae.run.checkpoint import load_checkpoint
+from bvae.stages.objective import Noise, VAEObjective
 from bvae.train import main
 from bvae.world import World
 
@@ -85,7 +86,7 @@ def test_layers_as_wide_as_vectors_compile_under_amp():
     model = first_stage(c).to(memory_format=torch.channels_last)
     images = torch.randint(256, (40, 8, 8, 3), dtype=torch.uint8)
     batches = ImageBatches(images, c.batch, 0, torch.bfloat16, False)
-    step = Step(model, BalancedLoss(), ops.make_rng(0), c.latents, True, 0.0, [])
+    step = Step(model, VAEObjective(BalancedLoss(), amp=True), Noise(ops.make_rng(0)), c.latents, True)
     batches.begin(0)
     assert compile_step(batches, step) is None
 
@@ -118,7 +119,7 @@ def test_a_bad_compiled_step_changes_nothing_and_is_counted(traced):
         before = everything(*step)
         spoil(step, 2)
         after = everything(*step)
-        told = {"rng", "position", "sums.counts", "sums.trouble", "loss.skipped"}
+        told = {"rng", "position", "sums.counts", "sums.trouble"}
         assert {name for name in before if not torch.equal(before[name], after[name])} == told
         assert step[1].sums.counts.tolist() == [2, 2]
     train((plain, compiled), 2)
@@ -153,7 +154,7 @@ class Decoder(torch.nn.Module):
 @needs_compiler
 def test_inductors_code_computes_the_steps(monkeypatch):
     monkeypatch.setattr(test_graph, "first_stage", lambda config: VAE(Encoder(), Decoder()))
-    monkeypatch.setattr(test_graph, "l2_kernels", lambda model, groups: [])
+    monkeypatch.setattr(test_graph, "penalised_modules", lambda model, groups: [])
     plain, compiled = make(), make()
     assert compile_step(*compiled) is None
     train((plain, compiled), 3)
@@ -233,7 +234,7 @@ def clock(monkeypatch):
         def __call__(self, runner, batches, step, steps):
             batches.begin(0)
             run(runner, min(steps, batches.steps))
-            compiled = step.objective != step._objective
+            compiled = step.minimise is not step.objective
             self.steps[compiled] += steps
             return steps * self.seconds[compiled]
 
@@ -260,7 +261,7 @@ def test_a_long_stage_takes_what_is_faster(traced, clock, monkeypatch, stage, fa
     clock.seconds = {False: 2.0, True: 1.0 if faster else 3.0}
     chosen, other = make(stage), make(stage)
     before = everything(*chosen)
-    way, said = choose(*chosen, FEWEST)
+    way, said = choose(*chosen, MIN_STAGE_STEPS)
     assert way.compiled == faster and isinstance(way.runner, kind)
     assert min(clock.steps.values()) > 1
     same(everything(*chosen), before)
@@ -278,17 +279,17 @@ def test_a_long_stage_takes_what_is_faster(traced, clock, monkeypatch, stage, fa
 
 def test_a_stage_that_compilation_would_not_pay_for_is_left_as_it_is(traced, clock):
     batches, step = make()
-    clock.seconds = {False: 0.99 * PAYS["cpu"] / FEWEST, True: 0.0}
-    way, said = choose(batches, step, FEWEST)
+    clock.seconds = {False: 0.99 * MIN_STAGE_SECONDS["cpu"] / MIN_STAGE_STEPS, True: 0.0}
+    way, said = choose(batches, step, MIN_STAGE_STEPS)
     assert not way.compiled and not said
     assert clock.steps[True] == 0
     clock.seconds[False] *= 1.02
-    assert choose(batches, step, FEWEST)[0].compiled
+    assert choose(batches, step, MIN_STAGE_STEPS)[0].compiled
 
 
 def test_a_stage_of_few_steps_is_not_even_timed(traced, clock):
     clock.seconds[False] = 1e9
-    way, said = choose(*make(), FEWEST - 1)
+    way, said = choose(*make(), MIN_STAGE_STEPS - 1)
     assert not way.compiled and not said
     assert clock.steps == {False: 0, True: 0}
 
@@ -319,7 +320,7 @@ def test_where_another_rank_cannot_compile_none_does(traced, monkeypatch):
     step.world = World(0, 2)
     monkeypatch.setattr(World, "largest", lambda world, *values: [1])
     assert compile_step(batches, step) == "another rank could not"
-    assert step.objective == step._objective
+    assert step.minimise is step.objective
 
 
 def test_compiled_steps_that_cannot_be_recorded_leave_the_recording_there_is(traced, clock, monkeypatch):
@@ -327,7 +328,7 @@ def test_compiled_steps_that_cannot_be_recorded_leave_the_recording_there_is(tra
     recorded = []
 
     def record(batches, step, wanted):
-        recorded.append(step.objective != step._objective)
+        recorded.append(step.minimise is not step.objective)
         runner = Eager(batches, step, "recording failed: no memory")
         if not recorded[-1]:
             runner.why_eager = None
@@ -339,12 +340,12 @@ def test_compiled_steps_that_cannot_be_recorded_leave_the_recording_there_is(tra
     assert recorded == [False, True]
     assert not way.compiled and way.runner.why_eager is None
     assert said[1:] == ["not compiled: recording failed: no memory"]
-    assert step.objective == step._objective
+    assert step.minimise is step.objective
 
 
 def test_a_rank_whose_compiled_steps_cannot_be_recorded_says_what_to_do(traced, clock, monkeypatch):
     def record(batches, step, wanted):
-        if step.objective != step._objective:
+        if step.minimise is not step.objective:
             raise UserError("rank 1: recording failed: no memory; start with --no-graph")
         return Eager(batches, step, "")
 
@@ -365,7 +366,7 @@ def test_steps_are_timed_over_as_many_epochs_as_it_takes():
 
 def test_a_resumed_run_goes_on_with_what_its_trial_found(traced, clock, monkeypatch, tmp_path, capfd):
     """To the bit, whatever a second trial would find."""
-    monkeypatch.setattr(compiling, "FEWEST", 1)
+    monkeypatch.setattr(compiling, "MIN_STAGE_STEPS", 1)
     clock.seconds = {False: 1e3, True: 1e2}
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     assert main([*TINY, "--epochs2", "0", "--out", str(whole), "--max-steps", "8"]) == 0
@@ -397,7 +398,7 @@ def test_a_graph_records_compiled_steps(stage, amp):
         step.set_lr(1e-3)
         run(by, 5)
     torch.testing.assert_close(plain[1].sums.parts, compiled[1].sums.parts, rtol=0.02, atol=0.02)
-    torch.testing.assert_close(plain[1].statistics, compiled[1].statistics, rtol=0.05, atol=1e-3)
+    torch.testing.assert_close(plain[1].moved.statistics, compiled[1].moved.statistics, rtol=0.05, atol=1e-3)
     torch.cuda.set_sync_debug_mode("error")
     try:
         run(runner, 5)

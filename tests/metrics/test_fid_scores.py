@@ -16,9 +16,10 @@ from bvae.metrics.extract import Extractor
 from bvae.metrics.fid_scores import FIDScorer, restore_contrast
 from bvae.metrics.protocols import PROTOCOLS
 from bvae.metrics.statistics import fid
+from bvae.run.folder import load
 from bvae.run.log import read_metrics
 from bvae.train import main as train
-from bvae.two_stage import load, to_uint8
+from bvae.two_stage import to_uint8
 
 TINY = [
     *("--side", "16", "--scales", "2", "--base", "4", "--latents", "8", "--fc", "16", "--hidden", "32"),

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from bvae.config import PRESETS, Config
-from bvae.models.norm import BatchNorm2d, batch_norms, flatten_statistics, recompute_statistics
-from bvae.models.vae import count_parameters, first_stage, l2_kernels, second_stage
+from bvae.models.norm import BatchNorm2d, batch_norms, recompute_statistics
+from bvae.models.vae import count_parameters, first_stage, penalised_modules, second_stage
 
 
 def config(**changes):
@@ -135,7 +135,7 @@ def test_glorot_uniform_weights_and_zero_biases():
 )
 def test_l2_takes_the_kernels_of_its_group_and_no_others(group, count, names):
     model = first_stage(config(blocks=2))
-    kernels = {id(w) for w in l2_kernels(model, (group,))}
+    kernels = {id(m.weight) for m in penalised_modules(model, (group,))}
     found = [name for name, p in model.named_parameters() if id(p) in kernels]
     assert len(found) == len(kernels) == count
     assert all(name.startswith(group) and name.endswith("weight") and "bn" not in name for name in found)
@@ -144,9 +144,9 @@ def test_l2_takes_the_kernels_of_its_group_and_no_others(group, count, names):
 
 def test_l2_groups_add_up():
     model = first_stage(config())
-    assert l2_kernels(model, ()) == []
-    both = l2_kernels(model, ("encoder.downsample", "decoder.upsample"))
-    assert len(both) == len({id(w) for w in both}) == 3
+    assert penalised_modules(model, ()) == []
+    both = penalised_modules(model, ("encoder.downsample", "decoder.upsample"))
+    assert len(both) == len({id(m) for m in both}) == 3
 
 
 # ---- batch normalisation --------------------------------------------------------------------------------------------
@@ -277,73 +277,3 @@ def test_recomputing_after_nan_statistics_forgets_them():
     net(torch.full((8, 3, 4, 4), math.nan))
     recompute_statistics(net, drifting(2), net)
     assert all(s.isfinite().all() for n in batch_norms(net) for s in n.statistics())
-
-
-def test_flattening_keeps_the_values_and_shares_them_both_ways():
-    net = small_net()
-    for x in drifting(3):
-        net(x)
-    before = {name: t.clone() for name, t in net.state_dict().items()}
-    flat = flatten_statistics(net)
-    assert flat.shape == (3 * 3 * 32,)  # three layers of three buffers, each padded to 32 elements
-    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
-    kept = flat.clone()
-    net(drifting(5)[4])
-    assert not torch.equal(flat, kept)
-    flat.copy_(kept)
-    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
-    flat.zero_()
-    assert not any(b.any() for b in net.buffers())
-
-
-def test_flattened_statistics_begin_where_vectorised_kernels_may_read():
-    net = first_stage(config(blocks=2))
-    flat = flatten_statistics(net)
-    starts = [t.data_ptr() - flat.data_ptr() for n in batch_norms(net) for t in n.buffers()]
-    assert len(starts) > 9 and starts == sorted(set(starts))
-    assert [start for start in starts if start % 128] == []
-
-
-def test_flattening_survives_load_state_dict_and_a_move_to_where_it_is():
-    net = small_net()
-    flat = flatten_statistics(net)
-    trained = small_net()
-    for x in drifting(3):
-        trained(x)
-    net.load_state_dict(trained.state_dict())
-    net.to("cpu", memory_format=torch.channels_last)
-    kept = flat.clone()
-    assert kept.any()
-    net(drifting(1)[0])
-    assert not torch.equal(flat, kept)
-    assert torch.equal(trained[1].running_mean, trained.state_dict()["1.running_mean"])
-
-
-def test_flattened_networks_train_as_others_do():
-    plain = first_stage(config(blocks=2))
-    flattened = copy.deepcopy(plain)
-    flatten_statistics(flattened)
-    x = torch.rand(4, 3, 8, 8)
-    for model in (plain, flattened):
-        mu, log_sigma = model.encoder(x)
-        # twice through the decoder before backward: every update of a statistic is a chance to break autograd
-        (model.decoder(mu).square().mean() + model.decoder(log_sigma).mean()).backward()
-    for (name, a), b in zip(plain.named_parameters(), flattened.parameters(), strict=True):
-        if name.endswith("conv1.bias"):  # batch norm cancels it
-            assert a.grad is b.grad is None
-        else:
-            assert torch.equal(a.grad, b.grad), name
-    for (name, a), b in zip(plain.named_buffers(), flattened.buffers(), strict=True):
-        assert torch.equal(a, b), name
-
-
-def test_flattening_a_model_without_batch_norm():
-    assert flatten_statistics(second_stage(config())).numel() == 0
-
-
-def test_flattened_networks_can_be_copied_apart():
-    net = small_net()
-    flat = flatten_statistics(net)
-    twin = copy.deepcopy(net)
-    twin(drifting(1)[0])
-    assert not flat.any()

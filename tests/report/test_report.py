@@ -17,11 +17,13 @@ from report_runs import FID, KL, epoch_record, images, make_run
 from bvae.errors import UserError
 from bvae.report import page as report_page
 from bvae.report import write as report
+from bvae.report.__main__ import main as report_command
 from bvae.report.charts import latent_charts, log_axis, stage_charts, thin
 from bvae.report.figures import image_grid, reconstruction_grid
 from bvae.report.page import FidTable, fid_table, published_on, render
 from bvae.report.write import read_content, write_report
-from bvae.two_stage import load, to_uint8
+from bvae.run.folder import load
+from bvae.two_stage import to_uint8
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -355,7 +357,7 @@ def test_the_command_line(run, tmp_path):
 
 def test_a_folder_that_is_no_run(run, tmp_path):
     with pytest.raises(UserError, match="not a run or a saved model"):
-        report.main([str(run), str(tmp_path)])
+        report_command([str(run), str(tmp_path)])
     with pytest.raises(UserError, match="not a run"):
         write_report([tmp_path])
     assert not (run / "report.html").exists() and not (tmp_path / "report.html").exists()

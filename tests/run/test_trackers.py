@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from bvae.api import complete, make_trainer
 from bvae.config import Config
 from bvae.data import load
-from bvae.engine.trainer import Trainer
 from bvae.errors import Interrupted, UserError
 from bvae.run import trackers
 from bvae.run.log import RunLog
@@ -117,7 +117,7 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(tmp
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == name else find(n, *a))
     with pytest.raises(UserError, match=rf"--logger {name}: {name} is not installed; pip install 'bvae\[{name}\]'"):
-        Trainer(tiny(logger=name), tiny_data(), tmp_path / "run", quiet=True)
+        make_trainer(tiny(logger=name), tiny_data(), tmp_path / "run", quiet=True)
     assert list(tmp_path.iterdir()) == []
     require("none")
     assert open_tracker("none", tmp_path, CONFIG) is None
@@ -132,7 +132,7 @@ def test_a_tracker_that_cannot_begin_leaves_no_folder(tmp_path, monkeypatch):
     module.__spec__ = importlib.util.spec_from_loader("wandb", None)
     monkeypatch.setitem(sys.modules, "wandb", module)
     with pytest.raises(UserError, match=r"^--logger wandb: cannot begin: no API key configured$"):
-        Trainer(tiny(logger="wandb"), tiny_data(), tmp_path / "run", quiet=True)
+        make_trainer(tiny(logger="wandb"), tiny_data(), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -140,17 +140,17 @@ def test_the_trainer_logs_what_the_report_shows(tmp_path, monkeypatch):
     tracker = Recorder()
     monkeypatch.setitem(trackers.__dict__, "WandbTracker", lambda folder, config, identity: tracker)
     monkeypatch.setattr(trackers, "require", lambda name: None)
-    monkeypatch.setattr("bvae.engine.trainer.require", lambda name: None)
-    trainer = Trainer(tiny(logger="wandb"), tiny_data(), tmp_path / "run", quiet=True)
-    trainer.run()
+    monkeypatch.setattr("bvae.api.require", lambda name: None)
+    trainer = make_trainer(tiny(logger="wandb"), tiny_data(), tmp_path / "run", quiet=True)
+    views = complete(trainer)
     images = {call[1] for call in tracker.calls if call[0] == "image"}
-    assert images == {f"stage2/{name}" for name in trainer.views.pictures()}
+    assert images == {f"stage2/{name}" for name in views.pictures()}
     assert {"stage2/samples-stage2", "stage2/nearest", "stage2/interpolations", "stage2/reconstructions"} <= images
     final = next(call[1] for call in tracker.calls if call[0] == "final")
     assert final["final/stage1/mse_sampled"] == trainer.results["stage1"]["mse_sampled"]
     assert tracker.calls[-1] == ("close", "finished")
     assert json.loads((tmp_path / "run" / IDENTITY).read_text()) == {"wandb": "id"}
-    for name in trainer.views.pictures():
+    for name in views.pictures():
         assert (tmp_path / "run" / f"{name}.png").exists()
 
 

@@ -1,0 +1,119 @@
+"""Networks, families, balances and priors by name, each with the settings and the checks that are its own.
+
+A part is added by one file, which declares a `Part`, and one line of a table below (docs/extending.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bvae.errors import UserError
+
+if TYPE_CHECKING:
+    from bvae.config.settings import Config
+
+
+def _fits_all(config: Config) -> None:
+    """The check of a part that any configuration suits."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A network, family, balance or prior that a configuration can name.
+
+    build: makes it; the arguments depend on the kind of part (see the registries below).
+    check: raises UserError for a configuration that the part cannot be built from. It runs before anything is read.
+    settings: frozen dataclass of the settings that only this part has. Their names are unique over all parts; they are
+        options of bvae.train and keys of config.json like the fields of Config.
+    uses: fields of Config that only parts of this kind read. A preset's values of them are ignored with a part that
+        does not use them, and given on the command line they are refused.
+    """
+
+    name: str
+    build: Callable[..., Any]
+    check: Callable[[Config], None] = _fits_all
+    settings: type | None = None
+    uses: tuple[str, ...] = ()
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The settings that only this part has, with their defaults."""
+        return {} if self.settings is None else {f.name: f.default for f in dataclasses.fields(self.settings)}
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (*self.uses, *self.own)
+
+
+class Registry:
+    """The parts of one kind.
+
+    Args:
+        kind: the setting that names a part, such as "network".
+        builtin: name -> "module:attribute" of a Part, imported when it is asked for.
+    """
+
+    def __init__(self, kind: str, builtin: Mapping[str, str]) -> None:
+        self.kind = kind
+        self._builtin = dict(builtin)
+        self._parts: dict[str, Part] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple({**self._builtin, **self._parts})
+
+    def add(self, part: Part) -> None:
+        """Makes a part available under its name. Raises ValueError where a built-in part has that name."""
+        if part.name in self._builtin:
+            raise ValueError(f"{self.kind} {part.name!r} is built in: choose another name")
+        self._parts[part.name] = part
+
+    def remove(self, name: str) -> None:
+        """Takes away a part that `add` gave, if it is there."""
+        self._parts.pop(name, None)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._parts or name in self._builtin
+
+    def __getitem__(self, name: str) -> Part:
+        """The part of that name. Raises UserError, naming those that exist, where there is none."""
+        if name not in self._parts and name in self._builtin:
+            module, _, attribute = self._builtin[name].partition(":")
+            self._parts[name] = getattr(importlib.import_module(module), attribute)
+        if name not in self._parts:
+            raise UserError(f"--{self.kind} {name}: there is no such {self.kind}; choose from {', '.join(self.names)}")
+        return self._parts[name]
+
+    def parts(self) -> list[Part]:
+        return [self[name] for name in self.names]
+
+
+networks = Registry("network", {"resnet": "bvae.models.resnet:RESNET"})
+"""build(config) -> (encoder, decoder) of the first stage"""
+
+balances = Registry(
+    "balance",
+    {
+        "computed": "bvae.balance:COMPUTED",
+        "learned": "bvae.balance:LEARNED",
+        "fixed": "bvae.balance:FIXED",
+    },
+)
+"""build(config, kl_weight, logits, accumulate) -> GaussianVAELoss"""
+
+KINDS = {"network": networks, "balance": balances}
+"""the settings of Config that name parts"""
+
+
+def part_settings() -> dict[str, type]:
+    """The settings dataclasses of all parts, by the part's kind and name: "network infogan"."""
+    return {
+        f"{kind} {part.name}": part.settings
+        for kind, registry in KINDS.items()
+        for part in registry.parts()
+        if part.settings is not None
+    }

@@ -1,0 +1,117 @@
+"""Objectives: the function of a batch that a stage minimises, with the state that it moves."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bvae import ops
+from bvae.balance import GaussianVAELoss
+from bvae.models.vae import VAE
+
+
+class Noise(NamedTuple):
+    """The source of a step's noise.
+
+    rng: int64 [2] of ops.make_rng, on the device; each draw advances it there.
+    first_sample: place of this process's first sample in the whole batch, so that all ranks draw what one would.
+    """
+
+    rng: Tensor
+    first_sample: int = 0
+
+
+class Objective(Protocol):
+    """What a stage minimises. One object serves one stage of one run.
+
+    A step calls it inside a CUDA graph and under torch.compile: no part of it may look at the device from the host.
+    """
+
+    parts: tuple[str, ...]
+    """names of the figures that a call reports, each a mean over the batch"""
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, target: Tensor, noise: Noise
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(total, parts, moments) of a batch.
+
+        total: scalar with a gradient. parts: float32 [len(self.parts)] without one. moments: [4,k], sums over the batch
+        of mu, mu^2, sigma^2 and KL of each latent (ops.sample_kl), or None where there is no posterior.
+        """
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that a call or `pooled` moves, always the same objects, changed in place: it is put back after a
+        step that was not finite, saved and resumed. Parameters are not part of it."""
+        ...
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Parameters of its own, trained with the model's."""
+        ...
+
+    def pooled(self, parts: Tensor) -> None:
+        """Ends a step of several ranks: `parts` are the means over them, by which the state moves on all alike."""
+        ...
+
+    def figures(self) -> dict[str, Tensor]:
+        """Scalars on the device that its state stands for now, such as gamma2; read where the host looks at it."""
+        ...
+
+    def train(self, mode: bool = True) -> object:
+        """Sets training mode, in which the state moves."""
+        ...
+
+
+class VAEObjective:
+    """The negative ELBO of a VAE with a Gaussian decoder, under any balance, and an l2 penalty on kernels.
+
+        total = loss(decoder(mu + sigma eps), target, KL) + l2 * sum over the penalised kernels of w^2
+
+    Args:
+        loss: the balance; parameters of its own are trained.
+        amp: run the networks in bf16; posterior and loss stay float32.
+        l2: weight of the penalty.
+        penalised: modules whose `weight` it is on; read anew in each step, for a parametrisation makes it anew.
+    """
+
+    parts: tuple[str, ...] = ("loss", "nll", "kl", "mse", "balance")
+
+    def __init__(
+        self, loss: GaussianVAELoss, amp: bool = False, l2: float = 0.0, penalised: Sequence[nn.Module] = ()
+    ) -> None:
+        self.loss = loss
+        self.amp = amp
+        self.l2 = l2
+        self.penalised = tuple(penalised)
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, target: Tensor, noise: Noise
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        assert isinstance(model, VAE)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+            mu, log_sigma = model.encoder(x)
+            z, kl, moments = ops.sample_kl(mu, log_sigma, noise.rng, first_sample=noise.first_sample)
+            recon = model.decoder(z)
+        loss = self.loss(recon, target, kl=kl, latents=mu.shape[1])
+        total = loss.loss
+        if self.penalised:
+            total = total + self.l2 * torch.stack([m.weight.square().sum() for m in self.penalised]).sum()  # type: ignore[operator]
+        # sse/(2 gamma2 D) per image, which the computed gamma keeps near 1/2.
+        balance = loss.mse / (2 * loss.gamma2)
+        return total, torch.stack([loss.loss.detach().float(), loss.nll, loss.kl, loss.mse, balance]), moments
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(self.loss.named_buffers())
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        return self.loss.named_parameters()
+
+    def pooled(self, parts: Tensor) -> None:
+        self.loss.follow(parts[self.parts.index("mse")])
+
+    def figures(self) -> dict[str, Tensor]:
+        return {"gamma2": self.loss.current_gamma2()}
+
+    def train(self, mode: bool = True) -> object:
+        return self.loss.train(mode)

@@ -1,0 +1,56 @@
+"""Every example of docs/extending.md is run as it stands there, and trained with."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import bvae
+from bvae.config.registry import balances, networks
+from bvae.errors import UserError
+
+PAGE = (Path(__file__).parent.parent / "docs/extending.md").read_text()
+SHORT = {"epochs": 2, "epochs2": 1, "batch": 40, "hidden": 8, "latents": 3, "lr": 1e-3, "bn_batches": 3}
+SHORT |= {"device": "cpu", "quiet": True}
+
+
+@pytest.fixture(scope="module")
+def examples():
+    found = dict(re.findall(r"```python (\w+)\n(.*?)```", PAGE, re.S))
+    names = {name: {} for name in found}
+    for name, code in found.items():
+        exec(code, names[name])
+    yield names
+    networks.remove("pyramid")
+    balances.remove("median")
+
+
+def test_the_network_trains_with_its_setting(examples, tmp_path):
+    images = examples["dataset"]["load_stripes"]()
+    run = bvae.fit(images, network="pyramid", pyramid_width=4, out=tmp_path / "run", **SHORT)
+    assert run.config.options == {"pyramid_width": 4}
+    assert bvae.load(run.folder).stage1.encoder.body[0].out_channels == 4
+    assert torch.equal(bvae.load(run.folder).sample(2), run.sample(2))
+    with pytest.raises(UserError, match="cannot resume with --pyramid-width 5: the run has 4"):
+        bvae.fit(images, out=run.folder, resume=True, pyramid_width=5, quiet=True)
+    with pytest.raises(UserError, match="multiple of 4"):
+        bvae.fit(images.train[:, :, :15], network="pyramid", out=tmp_path / "other", **SHORT)
+
+
+def test_the_balance_trains_and_is_undone_and_resumed(examples, tmp_path):
+    images = examples["dataset"]["load_stripes"]()
+    sizes = {"scales": 2, "base": 2, "fc": 4}
+    run = bvae.fit(images, balance="median", out=tmp_path / "run", **SHORT, **sizes)
+    gammas = [r["gamma2"] for r in run.records if r["stage"] == 1]
+    assert gammas == pytest.approx([torch.exp(torch.tensor(-0.05 * 5 * n)).item() for n in (1, 2)], rel=1e-4)
+    longer = bvae.fit(images, out=run.folder, resume=True, epochs2=3, quiet=True)
+    whole = bvae.fit(images, balance="median", out=tmp_path / "whole", **SHORT | {"epochs2": 3}, **sizes)
+    for name, t in whole.model.state_dict().items():
+        assert torch.equal(longer.model.state_dict()[name], t), name
+
+
+def test_the_data_set_has_its_own_digest(examples):
+    load = examples["dataset"]["load_stripes"]
+    assert load().digest == load().digest != load(side=20).digest
+    assert load().train.shape == (216, 16, 16, 1)
