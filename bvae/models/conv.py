@@ -26,7 +26,7 @@ def padding(kernel: int, stride: int, transposed: bool) -> tuple[int, int]:
 
 
 def _neighbourhoods(x: Tensor, height: int, width: int, stride: int, kernel: int) -> Tensor:
-    """[B,C,H,W] -> [B*height*width, kernel^2*C]: what a kernel sees at each of its places."""
+    """[B,C,H,W] -> [B*height*width, kernel^2*C]: the pixels that a kernel sees at each of its places."""
     near = (kernel - 1) // 2
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, near, near, near, near)).contiguous()
     image, row, pixel, channel = padded.stride()
@@ -37,7 +37,7 @@ def _neighbourhoods(x: Tensor, height: int, width: int, stride: int, kernel: int
 
 
 def _kernel_gradient(small: Tensor, large: Tensor, stride: int, kernel: int = 3) -> Tensor:
-    """Of a kernel [S,L,k,k] between images [B,S,h,w] and [B,L,h*stride,w*stride]: the sum over all places."""
+    """Gradient of a kernel [S,L,k,k] between images [B,S,h,w] and [B,L,h*stride,w*stride]: the sum over all places."""
     rows = small.permute(0, 2, 3, 1).reshape(-1, small.shape[1])
     product = rows.t() @ _neighbourhoods(large, small.shape[2], small.shape[3], stride, kernel)
     return product.view(small.shape[1], kernel, kernel, large.shape[1]).permute(0, 3, 1, 2)

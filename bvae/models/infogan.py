@@ -1,5 +1,7 @@
 """The network of Dai & Wipf's tables (2019; `Infogan` in their code), after InfoGAN's (Chen et al. 2016)."""
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from bvae.models.layers import (
     SpectralDense,
     SpectralHead,
     gaussian_,
+    need_batch,
     need_sides,
     normalized_rows,
     to_maps,
@@ -18,12 +21,13 @@ from bvae.models.layers import (
 )
 from bvae.models.norm import BatchNorm2d, BatchNormReLU
 
+if TYPE_CHECKING:
+    from bvae.config import Config
+
 WIDTH = 1024  # of the dense layers
 STD = 0.02  # of initial weights
 SLOPE = 0.2  # of the leaky ReLU
 SMALLEST_SIGMA = 1e-6
-
-uses: tuple[str, ...] = ()
 
 
 class InfoGANEncoder(nn.Module):
@@ -88,3 +92,13 @@ def infogan(
         InfoGANEncoder(channels, height, width, latents, deterministic),
         InfoGANDecoder(channels, height, width, latents),
     )
+
+
+def build(c: "Config", deterministic: bool = False) -> tuple[nn.Module, nn.Module]:
+    return infogan(*c.image_shape, c.latents, deterministic)
+
+
+def check(c: "Config") -> None:
+    """Raises UserError for sides that 4 does not divide, and for a batch of one image."""
+    need_sides("infogan", c.height, c.width, 4)
+    need_batch(c.batch, 1)

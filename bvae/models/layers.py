@@ -19,6 +19,12 @@ def need_sides(network: str, height: int, width: int, factor: int) -> None:
         raise UserError(f"--network {network} needs sides that {factor} divides, not {height}x{width}")
 
 
+def need_batch(batch: int, pixels: int) -> None:
+    """Raises UserError where batch norm would see one value a channel: one image with one pixel in the smallest map."""
+    if batch == 1 and pixels == 1:
+        raise UserError("--batch 1 is too small: batch norm cannot normalise one value a channel")
+
+
 def to_rows(x: Tensor) -> Tensor:
     """[B,C,H,W] -> [B,H*W*C], TensorFlow's order: a view of channels_last memory."""
     return x.permute(0, 2, 3, 1).flatten(1)
@@ -59,7 +65,11 @@ class Dense(Linear):
         self.cancelled = cancelled
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, half_of(self.weight), self.bias.detach() if self.cancelled else self.bias)
+        return F.linear(x, half_of(self.weight), self._bias())
+
+    def _bias(self) -> Tensor:
+        bias = half_of(self.bias)
+        return bias.detach() if self.cancelled else bias
 
 
 # ---- convolutions ---------------------------------------------------------------------------------------------------
@@ -69,7 +79,7 @@ class Dense(Linear):
 
 
 def _of_an_image(weight: Tensor) -> bool:
-    """Whether a kernel has an image's few channels on either side: oneDNN is fast at its gradient, a thin matrix."""
+    """True for a kernel with an image's few channels on either side: oneDNN is fast at its gradient, a thin matrix."""
     return min(weight.shape[:2]) <= 3
 
 
@@ -218,7 +228,7 @@ class SpectralDense(_Spectral, Dense):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
         y = _DividedDense.apply(x, weight, left, right, sigma)
-        return (y + (self.bias.detach() if self.cancelled else self.bias)).to(x.dtype)
+        return (y + self._bias()).to(x.dtype)
 
 
 class SpectralHead(SpectralDense):

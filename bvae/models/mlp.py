@@ -1,6 +1,7 @@
 """The dense VAE of Asperti & Trentin's Fig. 4: 784-512-256-2k for MNIST, and back."""
 
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,9 +10,10 @@ from bvae.models.half import Linear
 from bvae.models.layers import Heads, to_maps, to_rows
 from bvae.models.resnet import glorot_
 
-WIDTHS = (512, 256)
+if TYPE_CHECKING:
+    from bvae.config import Config
 
-uses: tuple[str, ...] = ()
+WIDTHS = (512, 256)
 
 
 def _dense(*widths: int) -> nn.ModuleList:
@@ -56,3 +58,7 @@ def mlp(
 ) -> tuple[nn.Module, nn.Module]:
     """(encoder, decoder) for images [B,channels,height,width] of any size."""
     return MLPEncoder(channels, height, width, latents, deterministic), MLPDecoder(channels, height, width, latents)
+
+
+def build(c: "Config", deterministic: bool = False) -> tuple[nn.Module, nn.Module]:
+    return mlp(*c.image_shape, c.latents, deterministic)

@@ -1,20 +1,21 @@
 """The networks of the regularised autoencoder (Ghosh et al. 2020): the WAE's, with other inputs, kernels and norms."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from bvae.models.layers import need_sides
+from bvae.models.layers import need_batch, need_sides
 from bvae.models.resnet import glorot_
-from bvae.models.wae import ConvDecoder, ConvEncoder, Norm
+from bvae.models.wae import ConvDecoder, ConvEncoder, Norm, smallest_map
+
+if TYPE_CHECKING:
+    from bvae.config import Config
 
 Variant = Literal["cifar10", "celeba"]
 Spectral = Literal["none", "decoder", "all"]
 KERAS = Norm(1e-3, 0.99)
-
-uses: tuple[str, ...] = ()
 
 
 def bounded_log_sigma(x: Tensor) -> Tensor:
@@ -32,6 +33,11 @@ class RaeSettings:
     """Spectral norm: in no layer; in the transposed and dense ones (`decoder`); in every one (`all`)."""
 
 
+def doublings(variant: Variant) -> int:
+    """How often the decoder doubles the side: 2^doublings must divide it."""
+    return 3 if variant == "celeba" else 2
+
+
 def rae(
     channels: int,
     height: int,
@@ -45,8 +51,7 @@ def rae(
 
     Raises UserError where 4, for `celeba` 8, does not divide both sides.
     """
-    doublings = 3 if variant == "celeba" else 2
-    need_sides("rae", height, width, 2**doublings)
+    need_sides("rae", height, width, 2 ** doublings(variant))
     size = (channels, height, width, latents)
     kernel = 5 if variant == "celeba" else 4
     encoder = ConvEncoder(
@@ -61,8 +66,19 @@ def rae(
         deterministic=deterministic,
     )
     decoder = ConvDecoder(
-        *size, kernel=kernel, doublings=doublings, norm=KERAS, relu=False, spectral=spectral != "none"
+        *size, kernel=kernel, doublings=doublings(variant), norm=KERAS, relu=False, spectral=spectral != "none"
     )
     glorot_(encoder)
     glorot_(decoder)
     return encoder, decoder
+
+
+def build(c: "Config", deterministic: bool = False) -> tuple[nn.Module, nn.Module]:
+    own = c.part(RaeSettings)
+    return rae(*c.image_shape, c.latents, own.rae_variant, own.rae_spectral, deterministic)
+
+
+def check(c: "Config") -> None:
+    """Raises UserError for sides that the decoder cannot double its way to, and for one pixel in a batch of one."""
+    need_sides("rae", c.height, c.width, 2 ** doublings(c.part(RaeSettings).rae_variant))
+    need_batch(c.batch, smallest_map(c.height, c.width, 4))

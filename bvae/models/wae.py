@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from bvae.models.layers import (
     SpectralDense,
     SpectralHead,
     gaussian_,
+    need_batch,
     need_sides,
     to_maps,
     to_rows,
@@ -26,9 +27,10 @@ from bvae.models.layers import (
 from bvae.models.norm import BatchNormReLU
 from bvae.models.resnet import glorot_
 
-WIDTHS = (128, 256, 512, 1024)
+if TYPE_CHECKING:
+    from bvae.config import Config
 
-uses: tuple[str, ...] = ()
+WIDTHS = (128, 256, 512, 1024)
 
 
 class Norm(NamedTuple):
@@ -36,6 +38,11 @@ class Norm(NamedTuple):
 
     eps: float
     decay: float
+
+
+def smallest_map(height: int, width: int, halvings: int) -> int:
+    """Pixels of the encoder's last feature map."""
+    return -(-height >> halvings) * -(-width >> halvings)
 
 
 class ConvEncoder(nn.Module):
@@ -142,7 +149,7 @@ Variant = Literal["dai-wipf", "celeba", "mnist"]
 GAUSSIAN = 0.01  # standard deviation of the WAE authors' initial weights
 LARGEST_LOG_VARIANCE = 50.0
 TF1 = Norm(1e-5, 0.999)
-WAE = Norm(1e-5, 0.9)
+TOLSTIKHIN = Norm(1e-5, 0.9)
 
 
 def half_of_log_variance(x: Tensor) -> Tensor:
@@ -158,6 +165,11 @@ class WaeSettings:
     """`dai-wipf`: theirs, whose first convolution has stride 1; `celeba`, `mnist`: those of the WAE paper."""
 
 
+def doublings(variant: Variant) -> int:
+    """How often the decoder doubles the side: 2^doublings must divide it."""
+    return 2 if variant == "mnist" else 3
+
+
 def wae(
     channels: int,
     height: int,
@@ -170,11 +182,10 @@ def wae(
 
     Raises UserError where 8, for `mnist` 4, does not divide both sides.
     """
-    doublings = 2 if variant == "mnist" else 3
-    need_sides("wae", height, width, 2**doublings)
+    need_sides("wae", height, width, 2 ** doublings(variant))
     size = (channels, height, width, latents)
     theirs = variant == "dai-wipf"
-    kernel, norm = 4 if variant == "mnist" else 5, TF1 if theirs else WAE
+    kernel, norm = 4 if variant == "mnist" else 5, TF1 if theirs else TOLSTIKHIN
     encoder = ConvEncoder(
         *size,
         kernel=kernel,
@@ -183,10 +194,21 @@ def wae(
         log_sigma_of=unchanged if theirs else half_of_log_variance,
         deterministic=deterministic,
     )
-    decoder = ConvDecoder(*size, kernel=kernel, doublings=doublings, norm=norm, relu=True)
+    decoder = ConvDecoder(*size, kernel=kernel, doublings=doublings(variant), norm=norm, relu=True)
     for network in (encoder, decoder):
         if theirs:
             glorot_(network)
         else:
             gaussian_(network, GAUSSIAN)
     return encoder, decoder
+
+
+def build(c: "Config", deterministic: bool = False) -> tuple[nn.Module, nn.Module]:
+    return wae(*c.image_shape, c.latents, c.part(WaeSettings).wae_variant, deterministic)
+
+
+def check(c: "Config") -> None:
+    """Raises UserError for sides that the decoder cannot double its way to, and for one pixel in a batch of one."""
+    variant = c.part(WaeSettings).wae_variant
+    need_sides("wae", c.height, c.width, 2 ** doublings(variant))
+    need_batch(c.batch, smallest_map(c.height, c.width, 3 if variant == "dai-wipf" else 4))
