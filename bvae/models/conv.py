@@ -1,9 +1,9 @@
-"""The 3x3 convolutions of the networks, with the gradient of their weights computed the faster way on a CPU.
+"""The convolutions of the networks, with the gradient of their weights computed the faster way on a CPU.
 
 oneDNN computes it in bf16 row by row of the image and, with AMX, pads every row to the 32 pixels that a tile
 multiplies: on the small images of the inner scales nearly all of that is padding. Where the stride is 2 it is slow
-without AMX too. There it is one matrix product instead, of the output's gradient and the input's 3x3 neighbourhoods
-(docs/lab/throughput.md has the figures).
+without AMX too. There it is one matrix product instead, of the output's gradient and the input's
+neighbourhoods (docs/lab/throughput.md has the figures).
 """
 
 from typing import Any
@@ -19,49 +19,58 @@ SHORT_ROW = 16  # pixels; from here on oneDNN is faster
 SLOW_STRIDES = (1, 2) if has_amx() else (2,)  # of shorter rows
 
 
-def _neighbourhoods(x: Tensor, height: int, width: int, stride: int) -> Tensor:
-    """[B,C,H,W] -> [B*height*width, 9*C]: what a 3x3 kernel with padding 1 sees at each of its places."""
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()
+def padding(kernel: int, stride: int, transposed: bool) -> tuple[int, int]:
+    """PyTorch's padding and output_padding, for stride*n pixels of n in a transposed one."""
+    near = (kernel - 1) // 2
+    return near, max(stride + 2 * near - kernel, 0) if transposed else 0
+
+
+def _neighbourhoods(x: Tensor, height: int, width: int, stride: int, kernel: int) -> Tensor:
+    """[B,C,H,W] -> [B*height*width, kernel^2*C]: the pixels that a kernel sees at each of its places."""
+    near = (kernel - 1) // 2
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, near, near, near, near)).contiguous()
     image, row, pixel, channel = padded.stride()
-    size = (x.shape[0], height, width, 3, 3, x.shape[1])
+    size = (x.shape[0], height, width, kernel, kernel, x.shape[1])
     return padded.as_strided(size, (image, stride * row, stride * pixel, row, pixel, channel)).reshape(
-        -1, 9 * x.shape[1]
+        -1, kernel * kernel * x.shape[1]
     )
 
 
-def _kernel_gradient(small: Tensor, large: Tensor, stride: int) -> Tensor:
-    """Of a kernel [S,L,3,3] between images [B,S,h,w] and [B,L,h*stride,w*stride]: the sum over all places."""
+def _kernel_gradient(small: Tensor, large: Tensor, stride: int, kernel: int = 3) -> Tensor:
+    """Gradient of a kernel [S,L,k,k] between images [B,S,h,w] and [B,L,h*stride,w*stride]: the sum over all places."""
     rows = small.permute(0, 2, 3, 1).reshape(-1, small.shape[1])
-    product = rows.t() @ _neighbourhoods(large, small.shape[2], small.shape[3], stride)
-    return product.view(small.shape[1], 3, 3, large.shape[1]).permute(0, 3, 1, 2)
+    product = rows.t() @ _neighbourhoods(large, small.shape[2], small.shape[3], stride, kernel)
+    return product.view(small.shape[1], kernel, kernel, large.shape[1]).permute(0, 3, 1, 2)
 
 
 class _Convolution(torch.autograd.Function):
-    """Both kinds, padding 1; a transposed one has output_padding stride - 1."""
+    """Both kinds; a transposed one makes stride*n pixels of n."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: int, transposed: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.transposed = stride, transposed
+        near, far = padding(weight.shape[2], stride, transposed)
         if transposed:
-            return F.conv_transpose2d(x, weight, bias, stride, 1, stride - 1)
-        return F.conv2d(x, weight, bias, stride, 1)
+            return F.conv_transpose2d(x, weight, bias, stride, near, far)
+        return F.conv2d(x, weight, bias, stride, near)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        s, needs = ctx.stride, ctx.needs_input_grad
+        s, kernel, needs = ctx.stride, weight.shape[2], ctx.needs_input_grad
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_x = grad_weight = grad_bias = None
         if needs[0]:
-            output_padding = s - 1 if ctx.transposed else 0
+            near, far = padding(kernel, s, ctx.transposed)
             grad_x = torch.ops.aten.convolution_backward(
-                grad, x, weight, None, [s, s], [1, 1], [1, 1], ctx.transposed, [output_padding] * 2, 1,
+                grad, x, weight, None, [s, s], [near, near], [1, 1], ctx.transposed, [far, far], 1,
                 [True, False, False],
             )[0]  # fmt: skip
         if needs[1]:
-            grad_weight = _kernel_gradient(x, grad, s) if ctx.transposed else _kernel_gradient(grad, x, s)
+            small, large = (x, grad) if ctx.transposed else (grad, x)
+            grad_weight = _kernel_gradient(small, large, s, kernel)
         if needs[2]:
             grad_bias = grad.sum((0, 2, 3))
         return grad_x, grad_weight, grad_bias, None, None

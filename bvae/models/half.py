@@ -28,7 +28,7 @@ def halved_weights(model: nn.Module) -> list[nn.Parameter]:
 
 class Linear(Halved, nn.Linear):
     # Of two bf16 gradients of biases in one loop, Inductor makes C++ that does not compile (torch 2.13).
-    halved = ("weight",)
+    halved: tuple[str, ...] = ("weight",)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, half_of(self.weight), self.bias)
