@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from bvae.config import Config
-from bvae.presets import RECIPES
+from bvae.config.recipes import RECIPES
 
 DAI_WIPF = {"batch": 64, "latents": 64, "hidden": 1024, "lr": 1e-4, "lr2": 1e-4, "balance": "learned"}
 # preset -> (network, side, channels, crop, epochs, lr_halve, epochs2, lr_halve2)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from bvae.config.recipes import RECIPES
 from bvae.config.settings import Config
 from bvae.errors import UserError
 
@@ -59,6 +60,7 @@ PRESETS: dict[str, Config] = {
         dataclasses.replace(_CELEBA_TABLE3, preset="celeba-4", latents=128, scales=3),
     )
 }
+PRESETS |= {name: Config(preset=name, **recipe) for name, recipe in RECIPES.items() if "family" not in recipe}
 
 
 def find_preset(name: str) -> Config:

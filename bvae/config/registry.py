@@ -92,7 +92,16 @@ class Registry:
         return [self[name] for name in self.names]
 
 
-networks = Registry("network", {"resnet": "bvae.models.resnet:RESNET"})
+networks = Registry(
+    "network",
+    {
+        "resnet": "bvae.models.resnet:RESNET",
+        "infogan": "bvae.models.infogan:INFOGAN",
+        "wae": "bvae.models.wae:WAE",
+        "rae": "bvae.models.rae:RAE",
+        "mlp": "bvae.models.mlp:MLP",
+    },
+)
 """build(config) -> (encoder, decoder) of the first stage"""
 
 balances = Registry(

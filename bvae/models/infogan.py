@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bvae.config.registry import Part
 from bvae.models.layers import (
     ConvTranspose,
     Dense,
@@ -102,3 +103,6 @@ def check(c: "Config") -> None:
     """Raises UserError for sides that 4 does not divide, and for a batch of one image."""
     need_sides("infogan", c.height, c.width, 4)
     need_batch(c.batch, 1)
+
+
+INFOGAN = Part("infogan", build, check)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bvae.config.registry import Part
 from bvae.models.half import Linear
 from bvae.models.layers import Heads, to_maps, to_rows
 from bvae.models.resnet import glorot_
@@ -62,3 +63,6 @@ def mlp(
 
 def build(c: "Config", deterministic: bool = False) -> tuple[nn.Module, nn.Module]:
     return mlp(*c.image_shape, c.latents, deterministic)
+
+
+MLP = Part("mlp", build)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from bvae.config.registry import Part
 from bvae.models.layers import need_batch, need_sides
 from bvae.models.resnet import glorot_
 from bvae.models.wae import ConvDecoder, ConvEncoder, Norm, smallest_map
@@ -82,3 +83,6 @@ def check(c: "Config") -> None:
     """Raises UserError for sides that the decoder cannot double its way to, and for one pixel in a batch of one."""
     need_sides("rae", c.height, c.width, 2 ** doublings(c.part(RaeSettings).rae_variant))
     need_batch(c.batch, smallest_map(c.height, c.width, 4))
+
+
+RAE = Part("rae", build, check, settings=RaeSettings)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bvae.config.registry import Part
 from bvae.models.layers import (
     Conv,
     ConvTranspose,
@@ -212,3 +213,6 @@ def check(c: "Config") -> None:
     variant = c.part(WaeSettings).wae_variant
     need_sides("wae", c.height, c.width, 2 ** doublings(variant))
     need_batch(c.batch, smallest_map(c.height, c.width, 3 if variant == "dai-wipf" else 4))
+
+
+WAE = Part("wae", build, check, settings=WaeSettings)
