@@ -150,7 +150,7 @@ def read_tar(kind: Kind, path: Path) -> tuple[np.ndarray, np.ndarray]:
                 file = archive.extractfile(member)
                 assert file is not None  # only regular files come here
                 batches[name] = _parse(kind, where, name, file.read(), binary)
-            while archive.fileobj.read(2**20):  # type: ignore[union-attr]  # to the end, where gzip has its checksum
+            while archive.fileobj.read(2**20):  # to the end, where gzip has its checksum
                 pass
     except UserError:
         raise

@@ -114,6 +114,11 @@ def make_plan(
     return plan
 
 
+def named_splits(source: Source) -> Plan | None:
+    """The plan by a list or by names of folders, whatever lies beside these; None where there is neither."""
+    return _by_found_list(source) or _by_folders(source, None, others_may_be_left_out=True)
+
+
 def parse_fractions(text: str) -> Fractions:
     """`0.8,0.1,0.1` -> fractions of train, val and test. Raises ValueError."""
     # Without exponents: one of eight digits takes hours.
@@ -254,8 +259,9 @@ def _hq_numbers(source: Source) -> dict[int, int]:
 # ---- by the names of folders and archives ---------------------------------------------------------------------------
 
 
-def _by_folders(source: Source, seed: int, others_may_be_left_out: bool = False) -> Plan | None:
-    """By folders, or archives, that are named as splits; None where none is. The highest on an image's path counts."""
+def _by_folders(source: Source, seed: int | None, others_may_be_left_out: bool = False) -> Plan | None:
+    """By folders, or archives, that are named as splits; None where none is. The highest on an image's path counts.
+    Without a test, one is drawn from `train` by the seed, if there is one."""
     groups = _groups(source)
     part = np.full(len(source.items), OUTSIDE, np.int8)
     used: dict[int, set[str]] = {}
@@ -280,7 +286,7 @@ def _by_folders(source: Source, seed: int, others_may_be_left_out: bool = False)
     if any([name.lower() for name in names] != [SPLITS[split]] for split, names in used.items()):
         how += f" ({'; '.join(f'{SPLITS[split]}: {_some(names)}' for split, names in sorted(used.items()))})"
     notes = (f"{count(len(outside), 'image')} beside the splits left out",) if len(outside) else ()
-    if not (part == TEST).any() and (part == TRAIN).any():
+    if seed is not None and not (part == TEST).any() and (part == TRAIN).any():
         part[hold_out(source.path, _usable(source, part == TRAIN), seed)] = TEST
         description |= {"test": f"1/{HELD_OUT} of train", "seed": seed}
         how += f", a tenth of train for test (seed {seed})"

@@ -64,7 +64,7 @@ def tar_reader(path: Path) -> Callable[[str], np.ndarray]:
                         file = archive.extractfile(member)
                         assert file is not None  # only regular files come here
                         found = _parse(f"{path}[{FILES[split]}]", np.frombuffer(file.read(), np.uint8))
-                while archive.fileobj.read(2**20):  # type: ignore[union-attr]  # to the end, where gzip has its checksum
+                while archive.fileobj.read(2**20):  # to the end, where gzip has its checksum
                     pass
         except UserError:
             raise

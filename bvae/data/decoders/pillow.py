@@ -83,8 +83,7 @@ def decode_image(data: bytes, recipe: Recipe) -> np.ndarray:
     """
     if not data:
         raise Rejected("is empty")
-    # Pillow's plugins raise nearly anything on damaged files (OSError, SyntaxError, struct.error, ...).
-    try:
+    with _rejecting(data):
         header = jpeg.read_header(data)
         if header is not None and header.plain:
             _check_size(header.width, header.height)
@@ -95,6 +94,35 @@ def decode_image(data: bytes, recipe: Recipe) -> np.ndarray:
         if image.mode != mode:
             image = image.convert(mode)
         pixels = resize(image, recipe.shape[:2], recipe.filter, recipe.antialias)
+    return pixels.reshape(recipe.shape)
+
+
+def inspect_image(data: bytes) -> tuple[int, int, str]:
+    """(height, width, mode) of an encoded image, upright, by what it says before its pixels.
+
+    Raises:
+        Rejected: as `decode_image` does, as far as that can be told without decoding.
+    """
+    if not data:
+        raise Rejected("is empty")
+    header = jpeg.read_header(data)
+    if header is not None and header.plain:
+        _check_size(header.width, header.height)
+        return header.height, header.width, "L" if len(header.sampling) == 1 else "RGB"
+    with _rejecting(data), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        _check_size(*image.size)
+        _check_depth(image, data)
+        width, height = image.size
+        if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:
+            width, height = height, width
+        return height, width, image.mode
+
+
+@contextlib.contextmanager
+def _rejecting(data: bytes) -> Iterator[None]:
+    """Turns what Pillow raises on a damaged or foreign file into Rejected. Its plugins raise nearly anything."""
+    try:
+        yield
     except Rejected:
         raise
     except UnidentifiedImageError:
@@ -107,7 +135,6 @@ def decode_image(data: bytes, recipe: Recipe) -> np.ndarray:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise Rejected(f"cannot be decoded ({reason[:120]})") from error
-    return pixels.reshape(recipe.shape)
 
 
 def decode_items(items: Sequence[Item], recipe: Recipe) -> Decoded:
