@@ -225,6 +225,13 @@ def check_sides(args: argparse.Namespace, sides: list[Side]) -> str | None:
         if side.images:
             with naming(side.name):
                 side.images.digest()
+    sizes = [side.images.size for side in sides if side.images]
+    if len(set(sizes)) > 1:
+        (a_height, a_width), (b_height, b_width) = (size or (0, 0) for size in sizes)
+        text = (
+            f"A is of {a_width}x{a_height}, B of {b_width}x{b_height}: each is resized to the network's size by itself"
+        )
+        print(f"note: {text}", file=sys.stderr)
     return label
 
 

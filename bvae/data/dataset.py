@@ -244,7 +244,7 @@ def _read(path: Path, recipe: Recipe, how: dict[str, Any], seed: int, quiet: boo
     with unchanged(path):
         if known is not None:
             others = [split for split in known.splits if split not in ("train", "test")]
-            notes = tuple(f"{path}: the images of {split} are not used" for split in others if known.name)
+            notes = tuple(f"{path}: the images of {split} are not used" for split in others)
             _say(notes, quiet)
             train, test = known.splits["train"](), known.splits["test"]()
             return _Images(known.name or name, train, test, known.digest, notes)

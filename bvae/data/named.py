@@ -50,7 +50,9 @@ def _in_folder(path: Path, side: Size | None) -> Named | None:
         return Named(kind.name, kind.title, _two(partial(cifar.read_folder, kind, folder)))
     if has_meta(path):
         store = Store.open(path)
-        splits = {"train": lambda: store.train, "val": lambda: store.val, "test": lambda: store.test}
+        splits = {"train": lambda: store.train, "test": lambda: store.test}
+        if len(store.val):
+            splits["val"] = lambda: store.val
         return Named(None, "a prepared store", splits, store.digest)
     if (path / "train.npy").exists():
         pair = {name: path / f"{name}.npy" for name in ("train", "val", "test") if (path / f"{name}.npy").is_file()}

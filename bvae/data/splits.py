@@ -110,7 +110,8 @@ def make_plan(
             plan = replace(plan, notes=(*plan.notes, *_about_mapping(source)))
     for split in (TRAIN, TEST):
         if not (plan.part == split).any():
-            raise refusal(source.path, f"no image is for {SPLITS[split]} (split by {plan.how})")
+            way_out = "" if fractions else f"; --partition {NONE} takes all images as one set"
+            raise refusal(source.path, f"no image is for {SPLITS[split]} (split by {plan.how}){way_out}")
     return plan
 
 

@@ -40,10 +40,13 @@ def read(file: Path) -> np.ndarray:
         hint = " (a MAT-file of version 7.3, which is HDF5)" if b"MATLAB 7.3" in data[:64] else ""
         raise refusal(file, f"not a MAT-file of version 5{hint}")
     try:
-        for kind, content in _elements(data[128:]):
+        for kind, content in list(_elements(memoryview(data)[128:])):  # all: the file may be cut off behind X
             matrix = content
             if kind == _COMPRESSED:
-                unpacked = zlib.decompressobj().decompress(content, _MOST)
+                inflater = zlib.decompressobj()
+                unpacked = inflater.decompress(content, _MOST)
+                if not inflater.eof:
+                    raise ValueError("it ends too soon, or is too large")
                 ((kind, matrix),) = _elements(unpacked)
             if kind == _MATRIX and (array := _array(matrix, b"X")) is not None:
                 return array

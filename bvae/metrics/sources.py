@@ -42,11 +42,13 @@ class Images:
 
     name: for messages and results.
     n: how many.
+    size: (height, width) of each; of encoded images known once they were read, by `digest`.
     notes: lines for the user: what the source holds that is not among them.
     """
 
     name: str
     n: int
+    size: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
     _digest: str | None = None
 
@@ -90,6 +92,7 @@ class ArrayImages(Images):
         self.array = array
         self.name = name
         self.n = len(array)
+        self.size = array.shape[1], array.shape[2]
         self.rows = max(1, min(READ, READ_BYTES // (array.itemsize * math.prod(array.shape[1:]))))
         self._file: Path | None = getattr(array, "filename", None)
         self._stamp = stamp(os.stat(self._file)) if self._file else None
@@ -150,7 +153,6 @@ class EncodedImages(Images):
         self.numbers = np.arange(len(source.items)) if numbers is None else numbers
         self.n = len(self.numbers)
         self.notes = tuple(source.left_out())
-        self._size: tuple[int, int] | None = None
         self._kept: list[Tensor] | None = None
 
     def first(self, count: int) -> "EncodedImages":
@@ -175,9 +177,9 @@ class EncodedImages(Images):
                     if mode in ("1", "L", "LA") and not self.grey:
                         raise UserError(f"{self.name}: {item.name}: {GREY}")
                     first = first or item.name
-                    self._size = self._size or (height, width)
-                    if (height, width) != self._size:
-                        sizes = " and ".join(f"{w}x{h}" for h, w in (self._size, (height, width)))
+                    self.size = self.size or (height, width)
+                    if (height, width) != self.size:
+                        sizes = " and ".join(f"{w}x{h}" for h, w in (self.size, (height, width)))
                         raise UserError(
                             f"{self.name}: images of different sizes ({sizes}: {first}, {item.name}); bring them to "
                             "one size first, since how that is done moves the FID"
@@ -189,8 +191,8 @@ class EncodedImages(Images):
         if self._kept is not None:
             return
         self.digest()
-        assert self._size is not None
-        keep = self.n * math.prod(self._size) * 3 // ranks <= KEPT_BYTES
+        assert self.size is not None
+        keep = self.n * math.prod(self.size) * 3 // ranks <= KEPT_BYTES
         kept = []
         for batch in self._decoded(rank, ranks):
             if keep:
@@ -202,8 +204,8 @@ class EncodedImages(Images):
 
     def _decoded(self, rank: int, ranks: int) -> Iterator[Tensor]:
         self.digest()
-        assert self._size is not None
-        recipe = Recipe(size=self._size, channels=3, crop="exact")
+        assert self.size is not None
+        recipe = Recipe(size=self.size, channels=3, crop="exact")
         image = math.prod(recipe.shape)
         rows = max(1, min(READ, READ_BYTES // image))
         mine = self.numbers[np.arange(self.n) // rows % ranks == rank]
@@ -266,7 +268,10 @@ class ChangedImages(Images):
         for batch in self.images.batches(rank, ranks):
             if self.through_jpeg:
                 batch = torch.from_numpy(jpeg.roundtrip(quantise(batch).numpy()))
-            yield stretch(batch) if self.stretched else batch
+            if self.stretched:  # in float64: not all of a batch at a time
+                few = max(1, CHUNK_BYTES // max(1, batch[0].numel()))
+                batch = torch.cat([stretch(part) for part in batch.split(few)])
+            yield batch
 
 
 def open_images(text: str, grey: bool = False) -> Images | Statistics:
