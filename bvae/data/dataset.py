@@ -231,9 +231,9 @@ def _read(path: Path, recipe: Recipe, how: dict[str, Any], seed: int, quiet: boo
     suffix = path.suffix.lower()
     known = named.find(path, recipe.size)
     if known is None and not (is_file and suffix in (".npy", ".npz")):
-        if is_file and (holds := kinds.container(name)):
-            raise refusal(path, f"not a data set that is read: {holds}")
         if is_file and not name.lower().endswith(ARCHIVES):
+            if holds := kinds.container(name):
+                raise refusal(path, f"not a data set that is read: {holds}")
             expected = "a folder, .npy, .npz, or archive (.zip, .tar, .tar.gz, ...) is expected"
             raise refusal(path, f"not a data set: {expected}{_hint(path)}")
         return _decode(path, name, recipe, how, seed, quiet)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bvae.data import arrays, idx, jpeg, kinds, named, svhn
-from bvae.data.archive import CHUNK_IMAGES, Source, check_stamp, open_source, stamp
+from bvae.data.archive import ARCHIVES, CHUNK_IMAGES, Source, check_stamp, open_source, stamp
 from bvae.data.decoders import open_decoder
 from bvae.data.decoders.pillow import inspect_image, quiet
 from bvae.data.recipe import Item, Recipe, Rejected
@@ -304,7 +304,7 @@ def open_images(text: str, grey: bool = False) -> Images | Statistics:
         return ArrayImages(idx.read(_whole(path, split)), str(path), grey)
     if is_file and suffix == ".mat":
         return ArrayImages(svhn.read(_whole(path, split)), str(path), grey)
-    if is_file and (holds := kinds.container(path.name)):
+    if is_file and not path.name.lower().endswith(ARCHIVES) and (holds := kinds.container(path.name)):
         raise refusal(path, f"not opened: it is {holds}")
     return _open_encoded(path, split, grey)
 
