@@ -1,14 +1,59 @@
 """Writing files so that they are whole or not there, and JSON that every reader takes."""
 
+import argparse
 import contextlib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from bvae.errors import UserError
+
+
+def given_text(text: str) -> str:
+    """For argparse: a text that is not empty. An empty path is mostly a shell's variable that is not set, and would be
+    the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
+def given_path(text: str) -> Path:
+    """For argparse: a path that is not empty."""
+    return Path(given_text(text))
+
+
+def hold_standard_descriptors() -> None:
+    """Opens /dev/null as each of stdin, stdout and stderr that is closed (`2>&-`), and gives Python's streams for them.
+
+    Otherwise the next file that is opened takes the number, and gets what is meant for the stream.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(number, mode, closefd=False, errors="backslashreplace"))  # noqa: SIM115
+
+
+def check_output(path: Path) -> None:
+    """Raises UserError where `write_atomically` could not write a file, before there is anything to write."""
+    if not path.name or path.is_dir():
+        raise UserError(f"cannot write {path}: not the name of a file")
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path):
+        with open(temporary, "ab"):
+            pass
+        temporary.unlink()
 
 
 @contextlib.contextmanager

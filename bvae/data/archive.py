@@ -5,57 +5,92 @@ there. So a name is only a label: one that begins with `/` or holds `..` names n
 """
 
 import bz2
+import contextlib
 import glob
+import importlib
 import os
 import re
 import stat
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from bvae.data import kinds, lists
+from bvae.data.kinds import SUFFIXES
+from bvae.data.lists import split_word
 from bvae.data.recipe import Item, Rejected
 from bvae.data.refusal import refusal
 from bvae.errors import UserError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff", ".gif")
+
+def _optional(*names: str) -> Any:
+    """The first of these modules that there is, or None."""
+    for name in names:
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name)
+    return None
+
+
+zstd = _optional("compression.zstd", "backports.zstd")  # of Python 3.14, or its like for those before
+inflate64 = _optional("inflate64")
+
 ZIPS = (".zip",)
 PLAIN_TARS = (".tar",)
-PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+ZST_TARS = (".tar.zst", ".tzst") if zstd is not None else ()
+PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", *ZST_TARS)
 ARCHIVES = (*ZIPS, *PLAIN_TARS, *PACKED_TARS)
 NESTED = (*ARCHIVES, ".7z", ".rar")
-PARTITION_LISTS = ("list_eval_partition.txt", "list_eval_partition.csv")
-SPLIT_FOLDERS = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
+METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "XZ", 98: "PPMd"}  # of a zip, by number
+DEFLATE64 = 9
 
 MAX_BYTES = 2**26  # of one encoded image: what a decoder holds in memory
 MAX_NAME = 4096  # characters of a name in an archive; no file system takes longer paths
+MAX_PACKED_HEAD = 2**20  # bytes of a member that are unpacked to see how it begins: a block of bzip2
 MAX_HEADERS = 2**20  # bytes of headers before a member of a tar, which are held in memory
 MAX_GLOBALS = 64  # values in a tar's global headers, which hold for all members that follow
 CHUNK_IMAGES = 128  # of one piece of work for a decoder
 CHUNK_BYTES = 2**22  # of one whose items hold their bytes
 
 Kind = Literal["folder", "zip", "tar"]
+Stamp = tuple[int, ...]
+
+
+def stamp(status: os.stat_result) -> Stamp:
+    """What tells a file from the same file changed, or another in its place: size, inode, times of change."""
+    return status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+
+
+def check_stamp(path: str, taken: Stamp, now: os.stat_result | None) -> None:
+    """Raises UserError where a file, now gone (None) or of another stamp, is not what it was when it was listed."""
+    if now is None or stamp(now) != taken:
+        raise refusal(path, "has changed while it was read: wait until nothing writes there, then start anew")
 
 
 @dataclass(frozen=True, slots=True)
 class FileItem:
-    """An image in a file of its own; `name` is its path below `root`."""
+    """An image in a file of its own; `name` is its path below `root`, `stamp` what it was when it was listed."""
 
     name: str
     root: str
+    stamp: Stamp
 
-    def read(self) -> bytes:
+    def read(self, size: int | None = None) -> bytes:
+        """The file, or its first bytes. Raises UserError if it has changed since it was listed."""
         path = os.path.join(self.root, self.name)
         try:
             # Not to hang on a pipe that took the file's place.
             with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
                 status = os.fstat(file.fileno())
-                if not stat.S_ISREG(status.st_mode):
-                    raise Rejected("is not a regular file")
-                return _read(file.fileno(), 0, status.st_size)
+                check_stamp(path, self.stamp, status)
+                return _read(file.fileno(), 0, status.st_size if size is None else size)
+        except (FileNotFoundError, NotADirectoryError):
+            check_stamp(path, self.stamp, None)
+            raise
         except OSError as error:
             raise Rejected(f"cannot be read ({error.strerror or error})") from error
 
@@ -69,8 +104,8 @@ class TarItem:
     offset: int
     size: int
 
-    def read(self) -> bytes:
-        return _read_part(self.archive, self.offset, self.size)
+    def read(self, size: int | None = None) -> bytes:
+        return _read_part(self.archive, self.offset, self.size if size is None else min(self.size, size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,22 +120,28 @@ class ZipItem:
     size: int
     crc: int
 
-    def read(self) -> bytes:
-        if max(self.packed, self.size) > MAX_BYTES:
+    def read(self, size: int | None = None) -> bytes:
+        """The member, or its first bytes, unchecked."""
+        if size is None and max(self.packed, self.size) > MAX_BYTES:
             raise Rejected(_too_large(max(self.packed, self.size)))
         # The local header repeats the name and has an extra field of its own: only their lengths matter here.
         header = _read_part(self.archive, self.offset, 30)
         if header[:4] != b"PK\x03\x04":
             raise Rejected("is damaged in the archive (no local header)")
         start = self.offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        data = _read_part(self.archive, start, self.packed)
+        data = _read_part(self.archive, start, self.packed if size is None else min(self.packed, MAX_PACKED_HEAD))
+        most = self.size + 1 if size is None else size
         try:
             if self.method == zipfile.ZIP_DEFLATED:
-                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, self.size + 1)
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, most)
             elif self.method == zipfile.ZIP_BZIP2:
-                data = bz2.BZ2Decompressor().decompress(data, self.size + 1)
-        except (zlib.error, OSError) as error:
+                data = bz2.BZ2Decompressor().decompress(data, most)
+            elif self.method == DEFLATE64:
+                data = _inflate64(data, most)
+        except (zlib.error, OSError, ValueError) as error:
             raise Rejected(f"is damaged in the archive ({error})") from error
+        if size is not None:
+            return data[:size]
         if len(data) != self.size or zlib.crc32(data) != self.crc:
             raise Rejected("is damaged in the archive (its length or checksum is wrong)")
         return data
@@ -113,8 +154,8 @@ class BytesItem:
     name: str
     data: bytes
 
-    def read(self) -> bytes:
-        return self.data
+    def read(self, size: int | None = None) -> bytes:
+        return self.data[:size]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +165,7 @@ class UnusableItem:
     name: str
     reason: str
 
-    def read(self) -> bytes:
+    def read(self, size: int | None = None) -> bytes:
         raise Rejected(self.reason)
 
 
@@ -136,7 +177,7 @@ class PackedItem:
     archive: int
     member: int
 
-    def read(self) -> bytes:
+    def read(self, size: int | None = None) -> bytes:
         raise Rejected("is in a compressed tar, which can only be read from its start")
 
 
@@ -147,21 +188,52 @@ class Source:
     path: as it was given.
     kind: of what the images lie in.
     files: the archives in order; none for a folder.
-    items: all that are images by their name, sorted by name (by code points), no name twice.
-    ignored: number of other files: hidden ones, and those of another suffix. Hidden folders are not looked into.
+    items: all images in a format that is read, by their name or, where that says nothing, by their first bytes; sorted
+        by name (by code points), no name twice.
+    unread: images in other formats: (name, reason).
+    others: how many other files there are, by suffix; "hidden" are hidden files and folders, which are not looked into.
     nested: names of archives inside, which are not opened.
-    lists: partition lists (`PARTITION_LISTS`) inside.
+    lists: partition lists inside (`bvae.data.lists.is_list`).
     split_folders: paths of folders inside that have the name of a split, with images or without.
+    stamps: of the archives, when they were listed.
     """
 
     path: str
     kind: Kind
     files: list[Path]
     items: list[Item] = field(default_factory=list)
-    ignored: int = 0
+    unread: list[tuple[str, str]] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
     nested: list[str] = field(default_factory=list)
     lists: list[Item] = field(default_factory=list)
     split_folders: set[str] = field(default_factory=set)
+    stamps: dict[str, Stamp] = field(default_factory=dict)
+
+    @property
+    def ignored(self) -> int:
+        """Files that are no images."""
+        return sum(self.others.values())
+
+    def left_out(self) -> list[str]:
+        """One line each for what is left out of this source: images that are not read, other files."""
+        lines = []
+        if self.unread:
+            name, reason = self.unread[0]
+            lines.append(f"{count(len(self.unread), 'image')} left out; the first: {name} {reason}")
+        if self.others:
+            kinds = ", ".join(f"{number} {kind}" for kind, number in self.others.most_common(6))
+            more = ", ..." if len(self.others) > 6 else ""
+            lines.append(f"{count(self.ignored, 'other file')} left out, no images: {kinds}{more}")
+        return lines
+
+    def check_unchanged(self) -> None:
+        """Raises UserError where an archive is not what it was when it was listed; items of a folder tell that."""
+        for path, taken in self.stamps.items():
+            try:
+                now = os.stat(path)
+            except OSError:
+                now = None
+            check_stamp(path, taken, now)
 
     def where(self, item: Item) -> str:
         """What to call an item in a message."""
@@ -199,12 +271,13 @@ class Source:
             else:
                 yield number, item
         for archive, members in sorted(packed.items()):
+            self.check_unchanged()
             for index, (member, tar) in enumerate(_walk_tar(self.files[archive])):
                 if index in members:
                     number = members.pop(index)
                     yield number, _unpack(self.items[number].name, tar, member)
             if members:
-                raise refusal(self.files[archive], "has changed while it was read")
+                check_stamp(str(self.files[archive]), (), None)
 
 
 def open_source(path: Path | str) -> Source:
@@ -225,59 +298,110 @@ def open_source(path: Path | str) -> Source:
         source = _open_folder(text)
     elif os.path.isfile(text):
         if not text.lower().endswith(ARCHIVES):
-            raise refusal(path, f"not a source of images: a folder or an archive ({', '.join(ARCHIVES)}) is expected")
+            is_here = kinds.container(text) or content_of(Path(text))
+            hint = f"; this is {is_here}" if is_here else ""
+            raise refusal(
+                path, f"not a source of images: a folder or an archive ({', '.join(ARCHIVES)}) is expected{hint}"
+            )
         source = _open_archives(text, _parts(Path(text)))
     else:
         raise refusal(path, "no such file or folder")
     if not source.items:
-        inside = ""
-        if source.nested:
-            inside = f"; the archives inside ({', '.join(sorted(source.nested)[:3])}) are not opened: take them out"
-        raise refusal(path, f"holds no images ({', '.join(SUFFIXES)}){inside}")
+        raise refusal(path, f"holds no images ({', '.join(SUFFIXES)}){_inside(source)}")
     return source
+
+
+def _inside(source: Source) -> str:
+    """What there is in a source without images, for the end of a message."""
+    if source.nested:
+        return f"; the archives inside ({', '.join(sorted(source.nested)[:3])}) are not opened: take them out"
+    for kind in source.others:
+        if kind in kinds.CONTAINERS:
+            return f"; its {kind} files are {kinds.CONTAINERS[kind]}"
+    if ".npy" in source.others:
+        return "; of its .npy files give one, or name them train.npy and test.npy"
+    return "".join(f"; {line}" for line in source.left_out())
+
+
+def content_of(path: Path) -> str | None:
+    """What a file is by its first bytes (`kinds.content`), where it can be read and that can be told."""
+    try:
+        with open(path, "rb") as file:
+            return kinds.content(file.read(kinds.HEAD))
+    except OSError:
+        return None
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _open_folder(root: str) -> Source:
     source = Source(root, "folder", [])
     archives = []
-    for name, is_folder, is_file in _walk_folder(root):
+    for name, is_folder, taken in _walk_folder(root):
         if is_folder:
-            _see_folder(source, name)
+            if _is_hidden(name):
+                source.others["hidden"] += 1
+            else:
+                _see_folder(source, name)
         else:
-            item: Item = FileItem(name, root) if is_file else UnusableItem(name, _why_no_file(os.path.join(root, name)))
-            if _sort_in(source, item) and is_file and name.lower().endswith(ARCHIVES):
+            item: Item = UnusableItem(name, _why_no_file(os.path.join(root, name)))
+            if taken is not None:
+                item = FileItem(name, root, taken)
+            if _sort_in(source, item) and taken is not None and name.lower().endswith(ARCHIVES):
                 archives.append(Path(root, name))
     if not source.items and archives:
         inside = _open_archives(root, sorted(archives), Path(root))
         inside.lists += source.lists
+        inside.others += source.others
+        for file in archives:  # they are not files left out, but the source
+            inside.others[kinds.suffix(file.name)] -= 1
+        inside.others = +inside.others
         return inside
     return _in_order(source)
 
 
 def _open_archives(text: str, files: list[Path], root: Path | None = None) -> Source:
-    """Several tars keep their names apart, since shards may repeat keys; parts of one zip have one set of names."""
+    """Several archives keep their names apart, for they may repeat them; the parts of one zip have one set of names."""
     zips = [file.name.lower().endswith(ZIPS) for file in files]
     if any(zips) != all(zips):
         raise refusal(text, f"holds both zip and tar archives ({files[0].name}, ...): name those of one kind")
     source = Source(text, "zip" if all(zips) else "tar", files)
+    together = len({_part_of(file) for file in files}) == 1
     for number, file in enumerate(files):
+        label = "" if together else (file.relative_to(root).as_posix() if root else file.name) + "/"
+        source.stamps[str(file)] = _stamp_of(file)
         if source.kind == "zip":
-            _list_zip(source, file)
+            _list_zip(source, file, label)
         else:
-            label = "" if len(files) == 1 else (file.relative_to(root).as_posix() if root else file.name) + "/"
             _list_tar(source, file, number, label)
     return _in_order(source)
 
 
-def _list_zip(source: Source, file: Path) -> None:
+def _stamp_of(file: Path) -> Stamp:
+    try:
+        return stamp(os.stat(file))
+    except OSError as error:
+        raise refusal(file, "cannot be read", error) from error
+
+
+def _part_of(file: Path) -> str:
+    """What an archive is a part of: the set that Google Drive's `...-001.zip` begins, or itself."""
+    match = re.fullmatch(r"(.*-)\d{3}\.zip", str(file), re.IGNORECASE)
+    first = Path(f"{match[1]}001{file.suffix}") if match else file
+    return match[1] if match and first.exists() else str(file)
+
+
+def _list_zip(source: Source, file: Path, label: str) -> None:
     # zipfile reports damage in many ways (BadZipFile, NotImplementedError, UnicodeDecodeError, ...).
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
     except Exception as error:
-        raise refusal(file, "not a readable zip archive", error) from error
+        raise _unreadable(file, "zip", error) from error
     for member in members:
-        name = _clean(member.filename)
+        name = label + _clean(member.filename)
         if _pass_over_long(source, name):
             continue
         if name.endswith("/"):
@@ -286,13 +410,24 @@ def _list_zip(source: Source, file: Path) -> None:
         _sort_in(source, _zip_item(name, str(file), member))
 
 
+def _unreadable(file: Path, kind: str, error: Exception) -> UserError:
+    is_here = content_of(file)
+    hint = f"; this is {is_here}" if is_here and kind not in is_here and not isinstance(error, MemoryError) else ""
+    return refusal(file, f"not a readable {kind} archive{hint}", error)
+
+
 def _zip_item(name: str, file: str, member: zipfile.ZipInfo) -> Item:
     if member.flag_bits & 1:
         return UnusableItem(name, "is encrypted")
     if stat.S_ISLNK(member.external_attr >> 16):
         return UnusableItem(name, "is a link")
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2):
-        return UnusableItem(name, f"is compressed by method {member.compress_type}: stored, deflate, bzip2 can be read")
+    if member.compress_type == DEFLATE64 and inflate64 is None:
+        return UnusableItem(name, "is compressed by Deflate64 (method 9), which `pip install inflate64` makes readable")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, DEFLATE64):
+        method = METHODS.get(member.compress_type, "an unknown way")
+        return UnusableItem(
+            name, f"is compressed by {method} (method {member.compress_type}); stored, deflate and bzip2 can be read"
+        )
     if member.header_offset < 0:
         return UnusableItem(name, "is damaged in the archive (it lies before the archive's start)")
     return ZipItem(
@@ -324,11 +459,14 @@ def _list_tar(source: Source, file: Path, number: int, label: str) -> None:
             item = UnusableItem(name, _too_large(member.size))
         elif not packed:
             item = TarItem(name, str(file), member.offset_data, member.size)
-        elif _base(name) in PARTITION_LISTS:
+        elif lists.is_list(name):
             item = _unpack(name, archive, member)
         else:
             item = PackedItem(name, number, index)
-        _sort_in(source, item)
+        if isinstance(item, PackedItem):  # its first bytes can be had now and not later
+            _sort_in(source, item, lambda member=member, archive=archive: _head(archive, member))  # type: ignore[misc]
+        else:
+            _sort_in(source, item)
 
 
 class _HeaderReader:
@@ -379,9 +517,12 @@ def _walk_tar(file: Path) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
     """The members of a tar, each while the archive stands at it, to the archive's end, where gzip has its checksum."""
     mode: Literal["r:", "r:*"] = "r:*" if file.name.lower().endswith(PACKED_TARS) else "r:"
     try:
-        archive = _Tar.open(file, mode)
+        if ZST_TARS and file.name.lower().endswith(ZST_TARS):
+            archive = _Tar.open(file, "r:", fileobj=zstd.ZstdFile(file))
+        else:
+            archive = _Tar.open(file, mode)
     except Exception as error:  # tarfile, gzip and zlib report damage in many ways
-        raise refusal(file, "not a readable tar archive", error) from error
+        raise _unreadable(file, "tar", error) from error
     with archive:
         while True:
             try:
@@ -411,6 +552,25 @@ def _check_end(archive: tarfile.TarFile) -> None:
             raise tarfile.ReadError(f"it goes on behind the mark of its end, at byte {archive.offset}")
 
 
+def _head(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    try:
+        file = archive.extractfile(member)
+        return file.read(kinds.HEAD) if file else b""
+    except Exception as error:
+        raise refusal(Path(str(archive.name)), "not a readable tar archive", error) from error
+
+
+def _inflate64(data: bytes, most: int) -> bytes:
+    """Deflate64, up to about so many bytes. Raises ValueError where it is damaged."""
+    inflater, parts, size = inflate64.Inflater(), [], 0
+    for start in range(0, len(data), 2**14):
+        parts.append(inflater.inflate(data[start : start + 2**14]))
+        size += len(parts[-1])
+        if size > most:
+            break
+    return b"".join(parts)
+
+
 def _unpack(name: str, archive: tarfile.TarFile, member: tarfile.TarInfo) -> Item:
     try:
         file = archive.extractfile(member)
@@ -420,8 +580,8 @@ def _unpack(name: str, archive: tarfile.TarFile, member: tarfile.TarInfo) -> Ite
         raise refusal(Path(str(archive.name)), "not a readable tar archive", error) from error
 
 
-def _walk_folder(root: str) -> Iterator[tuple[str, bool, bool]]:
-    """(path below root, is a folder, is a regular file) of all that lies there; links are followed, no folder twice."""
+def _walk_folder(root: str) -> Iterator[tuple[str, bool, Stamp | None]]:
+    """(path below root, is a folder, stamp of a regular file) of all there is; links are followed, no folder twice."""
     seen = set()
     folders = [""]
     while folders:
@@ -441,12 +601,15 @@ def _walk_folder(root: str) -> Iterator[tuple[str, bool, bool]]:
         folders += [name for name, is_folder, _ in reversed(found) if is_folder and not _is_hidden(name)]
 
 
-def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:
-    """(is a folder, is a regular file), links followed; neither where that cannot be told, as of links in a circle."""
+def _kind(entry: os.DirEntry[str]) -> tuple[bool, Stamp | None]:
+    """(is a folder, stamp of a regular file), links followed; neither where that cannot be told: links in a circle."""
     try:
-        return entry.is_dir(), entry.is_file()
+        if entry.is_dir():
+            return True, None
+        status = entry.stat()
+        return False, stamp(status) if stat.S_ISREG(status.st_mode) else None
     except OSError:
-        return False, False
+        return False, None
 
 
 def _why_no_file(path: str) -> str:
@@ -459,21 +622,42 @@ def _why_no_file(path: str) -> str:
     return "is not a regular file"
 
 
-def _sort_in(source: Source, item: Item) -> bool:
-    """Puts a file where it belongs by its name; whether it is a nested archive."""
-    lower = item.name.lower()
-    if _is_hidden(item.name):
-        source.ignored += 1
-    elif lower.endswith(SUFFIXES):
+def _sort_in(source: Source, item: Any, head: Callable[[], bytes] | None = None) -> bool:
+    """Puts a file where it belongs, by its name or by how it begins (`head`); whether it is a nested archive."""
+    kind = kinds.suffix(item.name)
+    if not _base(item.name):
+        source.others["without a name"] += 1
+    elif _is_hidden(item.name):
+        source.others["hidden"] += 1
+    elif kind in SUFFIXES:
         source.items.append(item)
-    elif _base(item.name) in PARTITION_LISTS:
+    elif kind in kinds.UNREAD:
+        source.unread.append((item.name, _unread(kinds.UNREAD[kind])))
+    elif lists.is_list(item.name):
         source.lists.append(item)
+    elif kind not in kinds.DATA_SUFFIXES and (found := kinds.image_format(head() if head else _begin(item))):
+        name, is_read = found
+        if is_read:
+            source.items.append(item)
+        else:
+            source.unread.append((item.name, _unread(name)))
     else:
-        source.ignored += 1
-        if lower.endswith(NESTED):
+        source.others[kind or "without suffix"] += 1
+        if item.name.lower().endswith(NESTED):
             source.nested.append(item.name)
             return True
     return False
+
+
+def _unread(name: str) -> str:
+    return f"is {name}, which is not read: convert it to PNG or JPEG"
+
+
+def _begin(item: Any) -> bytes:
+    try:
+        return item.read(kinds.HEAD)
+    except Rejected:
+        return b""
 
 
 def _pass_over_long(source: Source, name: str) -> bool:
@@ -483,18 +667,20 @@ def _pass_over_long(source: Source, name: str) -> bool:
     if name.lower().endswith(SUFFIXES):
         source.items.append(UnusableItem(name[:200], f"has a name of {len(name)} characters, which begins so"))
     else:
-        source.ignored += 1
+        source.others["of endless names"] += 1
     return True
 
 
 def _see_folder(source: Source, name: str) -> None:
-    if _base(name).lower() in SPLIT_FOLDERS:
+    word = split_word(_base(name))
+    if word is not None and word.exact:
         source.split_folders.add(name)
 
 
 def _in_order(source: Source) -> Source:
     """Sorts by name. Of files with one name the last is kept, as when an archive is unpacked."""
     source.items.sort(key=lambda item: item.name)
+    source.unread.sort()
     last: dict[str, int] = {}
     repeated = []
     for number, item in enumerate(source.items):

@@ -1,5 +1,9 @@
 """NumPy files (.npy, .npz), pairs of them in a folder, and the check that every array of images passes."""
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,8 +12,30 @@ import numpy as np
 from bvae.data.recipe import Size, both_sides, size_text
 from bvae.data.refusal import refusal
 
-# (train, test) in an .npz: the first pair whose train is there. Without any, a single array is train.
-NPZ_KEYS = (("train", "test"), ("x_train", "x_test"), ("images", "test_images"))
+# (train, val, test) in an .npz: the first of these of which one is there.
+NPZ_KEYS = (
+    ("train", "val", "test"),
+    ("x_train", "x_val", "x_test"),
+    ("X_train", "X_val", "X_test"),
+    ("train_images", "val_images", "test_images"),
+    ("images", "val_images", "test_images"),
+    ("train_x", "val_x", "test_x"),
+)
+ALL = "all"  # stands for a split where there is none
+
+
+@dataclass(frozen=True)
+class NpzImages:
+    """The arrays of images in an .npz.
+
+    splits: of "train", "val" and "test" those that there are, or `ALL`: what reads each.
+    keys: their names in the file.
+    unused: names and shapes of other arrays that look like images.
+    """
+
+    splits: dict[str, Callable[[], np.ndarray]]
+    keys: dict[str, str]
+    unused: list[str]
 
 
 def read_npy(path: Path) -> np.ndarray:
@@ -21,23 +47,63 @@ def read_npy(path: Path) -> np.ndarray:
     return array
 
 
-def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """(train, test) in an .npz file: the first pair of `NPZ_KEYS` that is there, or else the only array there is."""
+def open_npz(path: Path) -> NpzImages:
+    """What images there are in an .npz file, none of them read yet.
+
+    That are the arrays with the names of `NPZ_KEYS`; without any of these the only array, or the only one that looks
+    like images, of whatever name (`arr_0` of many samplers); or `data` beside `labels`, uint8 [N, 3*S*S] with the
+    channels one after another, as ImageNet is published in small sizes.
+
+    Raises:
+        UserError: if it is no .npz, or it is not clear which array is meant.
+    """
     archive = _open(path)
     if isinstance(archive, np.ndarray):
         raise refusal(path, "this is a .npy array under another name; rename it to .npy")
     with archive:
-        train_key, test_key = _choose_keys(path, archive.files)
-        train = _read_member(path, archive, train_key)
-        return train, _read_member(path, archive, test_key) if test_key else None
+        shapes = {key: _shape_of(archive, key) for key in archive.files}
+    alike = [
+        key for key, (shape, dtype) in shapes.items() if len(shape) in (3, 4) and (dtype == "uint8" or "f" in dtype)
+    ]
+    keys: dict[str, str] = {}
+    # First the names of which that for train is there.
+    for names in sorted(NPZ_KEYS, key=lambda names: names[0] not in shapes):
+        keys = {split: name for split, name in zip(("train", "val", "test"), names, strict=True) if name in shapes}
+        if keys:
+            break
+    if not keys:
+        if len(shapes) == 1 or len(alike) == 1:
+            keys = {ALL: (alike or list(shapes))[0]}
+        elif _is_flat(shapes):
+            keys = {ALL: "data"}
+        else:
+            found = ", ".join(f"{key} {list(shape)}" for key, (shape, _) in list(shapes.items())[:8]) or "none"
+            raise refusal(path, f"which array? Expected train (and test) or a single array of images, found: {found}")
+    flat = _is_flat(shapes) and keys == {ALL: "data"}
+    return NpzImages(
+        {split: partial(_read_member, path, key, flat) for split, key in keys.items()},
+        keys,
+        [f"{key} {list(shapes[key][0])}" for key in alike if key not in keys.values()],
+    )
 
 
-def read_pair(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(train, test) of a folder with `train.npy` and `test.npy`, mapped into memory, not yet read."""
-    for name in ("train.npy", "test.npy"):
-        if not (folder / name).is_file():
-            raise refusal(folder, f"a prepared store needs train.npy and test.npy, and {name} is missing")
-    return read_npy(folder / "train.npy"), read_npy(folder / "test.npy")
+def _shape_of(archive: np.lib.npyio.NpzFile, key: str) -> tuple[tuple[int, ...], str]:
+    """(shape, name of the dtype) by a member's header; of none where it cannot be read, which reading it will say."""
+    try:
+        with archive.zip.open(f"{key}.npy") as file:  # type: ignore[union-attr]
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+        return shape, dtype.name
+    except Exception:
+        return (), ""
+
+
+def _is_flat(shapes: dict[str, tuple[tuple[int, ...], str]]) -> bool:
+    shape, dtype = shapes.get("data", ((), ""))
+    return (
+        "labels" in shapes and dtype == "uint8" and len(shape) == 2 and shape[1] == 3 * math.isqrt(shape[1] // 3) ** 2
+    )
 
 
 class Rows:
@@ -145,21 +211,15 @@ def _open(path: Path) -> np.ndarray | np.lib.npyio.NpzFile:
         raise refusal(path, "not a readable NumPy file", error) from error
 
 
-def _read_member(path: Path, archive: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
+def _read_member(path: Path, key: str, flat: bool) -> np.ndarray:
     try:
-        array = archive[key]
+        with np.load(path, allow_pickle=False) as archive:
+            array = archive[key]
     except Exception as error:
         raise refusal(f"{path}[{key}]", "not a readable array", error) from error
     if not isinstance(array, np.ndarray):  # NumPy hands over a member that is no array as bytes
         raise refusal(f"{path}[{key}]", "not an array")
+    if flat:
+        side = math.isqrt(array.shape[1] // 3)
+        array = array.reshape(len(array), 3, side, side).transpose(0, 2, 3, 1)
     return array
-
-
-def _choose_keys(path: Path, keys: list[str]) -> tuple[str, str | None]:
-    for train, test in NPZ_KEYS:
-        if train in keys:
-            return train, test if test in keys else None
-    if len(keys) != 1:
-        found = ", ".join(keys[:8]) or "none"
-        raise refusal(path, f"which array to use? Expected train (and test) or a single array, found: {found}")
-    return keys[0], None

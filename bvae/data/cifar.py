@@ -1,4 +1,4 @@
-"""CIFAR-10 in its official forms: the python and the binary version, unpacked or as the .tar.gz they come in.
+"""CIFAR-10 and CIFAR-100 in their official forms: the python and the binary version, unpacked or as the .tar.gz.
 
 Format: https://www.cs.toronto.edu/~kriz/cifar.html. The python version is a set of pickles. They are read by an
 unpickler that knows four names, all bound to code in this file: nothing that a pickle asks for is executed.
@@ -8,6 +8,7 @@ import io
 import pickle
 import tarfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,60 +17,119 @@ import numpy as np
 from bvae.data.refusal import refusal
 from bvae.errors import UserError
 
-TRAIN_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
-BATCHES = (*TRAIN_BATCHES, "test_batch")
-FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin")
 IMAGES_PER_BATCH = 10_000
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE
-_MAX_PICKLE = 2**26  # bytes; an official one has 31 million
 
 
-def find_folder(folder: Path) -> Path | None:
-    """The folder that holds CIFAR-10's batches: this one, a sub-folder with an official name, or None."""
-    for candidate in (folder, *(folder / name for name in FOLDERS)):
-        if any((candidate / f"{name}{suffix}").is_file() for name in BATCHES for suffix in ("", ".bin")):
-            return candidate
+@dataclass(frozen=True)
+class Kind:
+    """One of the two sets.
+
+    name, title: for a data set and for messages.
+    train, test: names of the batches, which in the binary version end in .bin.
+    sizes: of each batch, in units of IMAGES_PER_BATCH.
+    labels: the largest value of each label byte in the binary version.
+    folders: in which they come.
+    mark: a file that tells the python version from any folder with such names; None where the names tell.
+    """
+
+    name: str
+    title: str
+    train: tuple[str, ...]
+    test: str
+    sizes: dict[str, int]
+    labels: tuple[int, ...]
+    folders: tuple[str, ...]
+    mark: str | None = None
+
+    @property
+    def batches(self) -> tuple[str, ...]:
+        return (*self.train, self.test)
+
+    def count(self, batch: str) -> int:
+        return self.sizes[batch] * IMAGES_PER_BATCH
+
+
+_TRAIN_10 = tuple(f"data_batch_{i}" for i in range(1, 6))
+BATCHES = (*_TRAIN_10, "test_batch")
+CIFAR10 = Kind(
+    "cifar10",
+    "CIFAR-10",
+    _TRAIN_10,
+    "test_batch",
+    dict.fromkeys(BATCHES, 1),
+    (9,),
+    ("cifar-10-batches-py", "cifar-10-batches-bin"),
+)
+CIFAR100 = Kind(
+    "cifar100",
+    "CIFAR-100",
+    ("train",),
+    "test",
+    {"train": 5, "test": 1},
+    (19, 99),
+    ("cifar-100-python", "cifar-100-binary"),
+    mark="meta",
+)
+KINDS = (CIFAR10, CIFAR100)
+
+
+def find_folder(folder: Path) -> tuple[Kind, Path] | None:
+    """(the set, the folder that holds its batches): this one, a sub-folder with an official name; or None."""
+    for kind in KINDS:
+        for candidate in (folder, *(folder / name for name in kind.folders)):
+            python = any((candidate / name).is_file() for name in kind.batches)
+            if kind.mark and not (candidate / kind.mark).is_file() and candidate.name not in kind.folders:
+                python = False
+            binary = any((candidate / f"{name}.bin").is_file() for name in kind.batches)
+            if kind is CIFAR100 and not (candidate / "fine_label_names.txt").is_file():
+                binary &= candidate.name in kind.folders
+            if python or binary:
+                return kind, candidate
     return None
 
 
-def read_folder(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Train and test images of an unpacked CIFAR-10, uint8 [50000, 32, 32, 3] and [10000, 32, 32, 3].
+def read_folder(kind: Kind, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Train and test images of an unpacked set, uint8 [50000, 32, 32, 3] and [10000, 32, 32, 3].
 
     Raises:
-        UserError: naming the batch that is missing, damaged or not CIFAR-10.
+        UserError: naming the batch that is missing, damaged or not of this set.
     """
-    binary = any((folder / f"{name}.bin").is_file() for name in BATCHES)
+    binary = any((folder / f"{name}.bin").is_file() for name in kind.batches)
     batches = {}
-    for name in BATCHES:
+    for name in kind.batches:
         file = folder / (f"{name}.bin" if binary else name)
         try:
             data = file.read_bytes()
         except FileNotFoundError as error:
-            raise refusal(folder, f"this CIFAR-10 is incomplete: {file.name} is missing") from error
+            raise refusal(folder, f"this {kind.title} is incomplete: {file.name} is missing") from error
         except OSError as error:
             raise refusal(file, "cannot be read", error) from error
-        batches[name] = _parse(str(file), data, binary)
-    return _join(batches)
+        batches[name] = _parse(kind, str(file), name, data, binary)
+    return _join(kind, batches)
 
 
-def is_tar(path: Path) -> bool:
-    """Whether a batch of CIFAR-10 is among the first members of a file that is a tar archive by its name."""
+def tar_kind(path: Path) -> Kind | None:
+    """The set of which a batch is among the first members of a file that is a tar archive by its name, or None."""
     if not path.name.lower().endswith((".tar.gz", ".tgz", ".tar")):
-        return False
+        return None
     try:
         with tarfile.open(path, "r:*") as archive:
-            for _, member in zip(range(12), archive, strict=False):  # it has eight, and a folder
-                if PurePosixPath(member.name).name.removesuffix(".bin") in BATCHES:
-                    return True
+            for _, member in zip(range(12), archive, strict=False):  # they have at most eight, and a folder
+                *_, folder, name = ("", *PurePosixPath(member.name).parts)
+                if name.removesuffix(".bin") in BATCHES:
+                    return CIFAR10
+                if name.removesuffix(".bin") in CIFAR100.batches and folder in CIFAR100.folders and member.isfile():
+                    return CIFAR100
     except Exception:  # damaged in one of many ways, which is reported when it is read
-        return False
-    return False
+        return None
+    return None
 
 
-def read_tar(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The same from `cifar-10-python.tar.gz` or `cifar-10-binary.tar.gz`, read in memory.
+def read_tar(kind: Kind, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The same from `cifar-10-python.tar.gz`, `cifar-100-binary.tar.gz` and their like, read in memory.
 
     Nothing is extracted: of the archive's members only regular files with a batch's name are looked at.
     """
@@ -80,62 +140,65 @@ def read_tar(path: Path) -> tuple[np.ndarray, np.ndarray]:
             for member in archive:
                 base = PurePosixPath(member.name).name
                 name, binary = base.removesuffix(".bin"), base.endswith(".bin")
-                if name not in BATCHES or not member.isfile():
+                if name not in kind.batches or not member.isfile():
                     continue
                 where = f"{path}[{base}]"
                 if name in batches:
                     raise refusal(where, "is there twice")
-                if member.size > _MAX_PICKLE:
-                    raise refusal(where, f"has {member.size} bytes, too many for a batch of CIFAR-10")
+                if member.size > 2 * kind.count(name) * _PIXELS + 2**20:
+                    raise refusal(where, f"has {member.size} bytes, too many for a batch of {kind.title}")
                 file = archive.extractfile(member)
-                assert file is not None  # isfile() was true
-                batches[name] = _parse(where, file.read(), binary)
-            while archive.fileobj is not None and archive.fileobj.read(2**20):
-                pass  # to the end, where gzip checks its checksum: damage may leave all sizes as they were
+                assert file is not None  # only regular files come here
+                batches[name] = _parse(kind, where, name, file.read(), binary)
+            while archive.fileobj.read(2**20):  # to the end, where gzip has its checksum
+                pass
     except UserError:
         raise
     except Exception as error:
         raise refusal(path, "not a readable tar archive", error) from error
-    missing = [name for name in BATCHES if name not in batches]
+    missing = [name for name in kind.batches if name not in batches]
     if missing:
-        raise refusal(path, f"not a CIFAR-10 archive: {', '.join(missing)} missing")
-    return _join(batches)
+        raise refusal(path, f"not a {kind.title} archive: {', '.join(missing)} missing")
+    return _join(kind, batches)
 
 
-def _join(batches: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    return np.concatenate([batches[name] for name in TRAIN_BATCHES]), batches["test_batch"]
+def _join(kind: Kind, batches: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    return np.concatenate([batches[name] for name in kind.train]), batches[kind.test]
 
 
-def _parse(where: str, data: bytes, binary: bool) -> np.ndarray:
-    """One batch file's bytes -> uint8 [10000, 32, 32, 3]."""
-    planes = _parse_binary(where, data) if binary else _parse_pickle(where, data)
+def _parse(kind: Kind, where: str, name: str, data: bytes, binary: bool) -> np.ndarray:
+    """One batch file's bytes -> uint8 [count, 32, 32, 3]."""
+    parse = _parse_binary if binary else _parse_pickle
+    planes = parse(kind, where, kind.count(name), data)
     return np.ascontiguousarray(planes.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1))
 
 
-def _parse_binary(where: str, data: bytes) -> np.ndarray:
-    expected = IMAGES_PER_BATCH * (1 + _PIXELS)
+def _parse_binary(kind: Kind, where: str, count: int, data: bytes) -> np.ndarray:
+    labels = len(kind.labels)
+    expected = count * (labels + _PIXELS)
     if len(data) != expected:
-        raise refusal(where, f"has {len(data)} bytes; a binary batch of CIFAR-10 has {expected}: truncated?")
-    records = np.frombuffer(data, np.uint8).reshape(IMAGES_PER_BATCH, 1 + _PIXELS)
-    if records[:, 0].max() > 9:
-        raise refusal(where, "not CIFAR-10: a label is above 9")
-    return records[:, 1:]
+        raise refusal(where, f"has {len(data)} bytes; a binary batch of {kind.title} has {expected}: truncated?")
+    records = np.frombuffer(data, np.uint8).reshape(count, labels + _PIXELS)
+    for column, most in enumerate(kind.labels):
+        if records[:, column].max() > most:
+            raise refusal(where, f"not {kind.title}: a label is above {most}")
+    return records[:, labels:]
 
 
-def _parse_pickle(where: str, data: bytes) -> np.ndarray:
+def _parse_pickle(kind: Kind, where: str, count: int, data: bytes) -> np.ndarray:
     # A damaged pickle can raise nearly anything, from UnpicklingError to UnicodeDecodeError and MemoryError.
     try:
         batch = _BatchUnpickler(data).load()
     except Exception as error:
-        raise refusal(where, "not a readable CIFAR-10 batch", error) from error
+        raise refusal(where, f"not a readable {kind.title} batch", error) from error
     pixels = (batch.get(b"data", batch.get("data"))) if isinstance(batch, dict) else None
     if not isinstance(pixels, _PickledArray):
-        raise refusal(where, "not a CIFAR-10 batch: it has no array `data`")
-    expected = (IMAGES_PER_BATCH, _PIXELS)
-    if pixels.dtype != "u1" or pixels.shape != expected or len(pixels.raw) != IMAGES_PER_BATCH * _PIXELS:
+        raise refusal(where, f"not a {kind.title} batch: it has no array `data`")
+    expected = (count, _PIXELS)
+    if pixels.dtype != "u1" or pixels.shape != expected or len(pixels.raw) != count * _PIXELS:
         raise refusal(
             where,
-            f"not a CIFAR-10 batch: `data` is {pixels.dtype} {pixels.shape} in {len(pixels.raw)} bytes,"
+            f"not a {kind.title} batch: `data` is {pixels.dtype} {pixels.shape} in {len(pixels.raw)} bytes,"
             f" uint8 {expected} expected",
         )
     return np.frombuffer(pixels.raw, np.uint8).reshape(expected, order="F" if pixels.fortran else "C")
@@ -180,7 +243,7 @@ class _BatchUnpickler(pickle.Unpickler):
             return "ndarray"  # only ever an argument of _reconstruct
         if (module, name) == ("_codecs", "encode"):
             return _encode
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR-10 batch needs")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no batch of CIFAR needs")
 
 
 def _reconstruct(*_: object) -> _PickledArray:

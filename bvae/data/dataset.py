@@ -1,18 +1,21 @@
 """`load`: from a path, or none, to a checked data set."""
 
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bvae.data import arrays, cifar, idx, images, jpeg, shapes
-from bvae.data.archive import ARCHIVES, open_source
+from bvae.data import arrays, images, jpeg, kinds, named, shapes
+from bvae.data.archive import ARCHIVES, check_stamp, content_of, count, open_source, stamp
 from bvae.data.decoders import open_decoder
 from bvae.data.recipe import Crop, Recipe, Size, size_text
 from bvae.data.refusal import refusal
-from bvae.data.splits import TEST, TRAIN, hold_out, make_plan
-from bvae.data.store import Store, array_digest, has_meta, joint_digest
+from bvae.data.splits import TEST, TRAIN, VAL, Fractions, hold_out, make_plan
+from bvae.data.store import array_digest, joint_digest
 from bvae.errors import UserError
 
 FEW_IMAGES = 500  # decoded before worker processes would have started
@@ -42,6 +45,7 @@ class Dataset:
     digest: "sha256:..." over the shapes and pixels of train and test; equal digests mean equal data.
     factors: of shapes only.
     val: uint8 [V, H, W, C], the images that `hold_out` has moved here from `train`.
+    notes: lines for people: how images were split, and what of the source is left out.
     """
 
     name: str
@@ -50,6 +54,7 @@ class Dataset:
     digest: str
     factors: Factors | None = None
     val: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
 
     @staticmethod
     def from_arrays(train: Any, test: Any = None, *, name: str = "arrays", seed: int = 0) -> "Dataset":
@@ -109,6 +114,7 @@ class _Images(NamedTuple):
     train: np.ndarray
     test: np.ndarray | None
     digest: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def load(
@@ -117,6 +123,8 @@ def load(
     side: Size,
     channels: int,
     crop: Crop = "square",
+    partition: Path | str | None = None,
+    fractions: Fractions | None = None,
     jpeg_roundtrip: bool = False,
     seed: int = 0,
     num_train: int = 20_000,
@@ -127,17 +135,18 @@ def load(
     """Load a data set; what it is follows from what lies at the path (docs/data.md).
 
     Args:
-        path: None or "shapes" for the generated set; CIFAR-10 as a folder or .tar.gz; MNIST's idx files; .npy; .npz; a
-            prepared store; a folder, zip, tar or shards of images.
+        path: None or "shapes" for the generated set; CIFAR-10, CIFAR-100 or STL-10 as a folder or .tar.gz; SVHN's or
+            MNIST's files; .npy; .npz; a prepared store; a folder, zip, tar or shards of images.
         side: height and width of the images in pixels, or one number for both. Only encoded images are resized to it.
         channels: 3 (RGB) or 1 (grey). Only encoded images are converted to it.
         crop: what of an encoded image is kept, see `bvae.data.recipe.Recipe`.
+        partition, fractions: which encoded image is for what, see `bvae.data.splits.make_plan`.
         jpeg_roundtrip: pass every image, train and test, through JPEG with Pillow's defaults.
         seed: of the generated set, and of the choice of test images where a source has no test split.
         num_train, num_test: sizes of the generated set; other sources are used whole.
         mapped: leave the arrays of a store or .npy on the disk. A store's digest is then taken from its meta.json,
             unread. With `jpeg_roundtrip` they are in memory all the same.
-        quiet: no progress on stderr while images are decoded.
+        quiet: neither notes (`Dataset.notes`) nor, while images are decoded, progress on stderr.
 
     Raises:
         UserError: in one line that names the path, for anything that is missing, damaged or not as described.
@@ -155,12 +164,16 @@ def load(
     except UserError as error:
         raise UserError(f"--side, --crop: {error}") from None
     factors = digest = None
+    notes: tuple[str, ...] = ()
     try:
         if str(source) == "shapes":
             name = "shapes"
             train, test, factors = _generate(recipe, seed, num_train, num_test)
         else:
-            name, train, test, digest = _load(Path(source), recipe, seed, mapped, quiet)
+            how = {
+                key: value for key, value in (("partition", partition), ("fractions", fractions)) if value is not None
+            }
+            name, train, test, digest, notes = _load(Path(source), recipe, how, seed, mapped, quiet)
         if jpeg_roundtrip:
             train, test, digest = jpeg.roundtrip(np.asarray(train)), jpeg.roundtrip(np.asarray(test)), None
         if digest is None:
@@ -169,7 +182,7 @@ def load(
         raise refusal(source, "does not fit in memory", error) from error
     except OSError as error:  # mostly permissions, met while looking at what is there
         raise refusal(source, "cannot be read", error) from error
-    return Dataset(name, train, test, digest, factors)
+    return Dataset(name, train, test, digest, factors, notes=notes)
 
 
 def _generate(recipe: Recipe, seed: int, num_train: int, num_test: int) -> tuple[np.ndarray, np.ndarray, Factors]:
@@ -186,19 +199,19 @@ def _generate(recipe: Recipe, seed: int, num_train: int, num_test: int) -> tuple
 
 
 def _load(
-    path: Path, recipe: Recipe, seed: int, mapped: bool, quiet: bool
-) -> tuple[str, np.ndarray, np.ndarray, str | None]:
-    """(name, train, test, digest where it is known) of what lies at a path, checked."""
-    name, train, test, digest = _read(path, recipe, seed, quiet)
-    side, channels = recipe.size, recipe.channels
-    train = arrays.check_images(train, f"{path} (train)" if test is not None else str(path), side, channels, mapped)
+    path: Path, recipe: Recipe, how: dict[str, Any], seed: int, mapped: bool, quiet: bool
+) -> tuple[str, np.ndarray, np.ndarray, str | None, tuple[str, ...]]:
+    """(name, train, test, digest where it is known, notes) of what lies at a path, checked."""
+    name, train, test, digest, notes = _read(path, recipe, how, seed, quiet)
+    size, channels = recipe.size, recipe.channels
+    train = arrays.check_images(train, f"{path} (train)" if test is not None else str(path), size, channels, mapped)
     if test is None:
         train, test = _without_tenth(path, train, seed)
     else:
-        test = arrays.check_images(test, f"{path} (test)", side, channels, mapped)
+        test = arrays.check_images(test, f"{path} (test)", size, channels, mapped)
     if digest is not None and not mapped and joint_digest(array_digest(train), array_digest(test)) != digest:
         raise refusal(path, "has changed since it was prepared: its digest is not the one in meta.json")
-    return name, train, test, digest
+    return name, train, test, digest, notes
 
 
 def _without_tenth(where: Path | str, images: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -208,45 +221,87 @@ def _without_tenth(where: Path | str, images: np.ndarray, seed: int) -> tuple[np
     return arrays.divide(images, chosen)
 
 
-def _read(path: Path, recipe: Recipe, seed: int, quiet: bool) -> _Images:
+def _read(path: Path, recipe: Recipe, how: dict[str, Any], seed: int, quiet: bool) -> _Images:
     try:
-        is_folder, is_file = path.is_dir(), path.is_file()
+        is_file = path.is_file()
+        path.is_dir()
         name = path.resolve().name
     except (OSError, ValueError) as error:  # a path that no file can have
         raise refusal(repr(str(path)), "not a usable path", error) from error
     suffix = path.suffix.lower()
-    if is_folder:
-        if batches := cifar.find_folder(path):
-            return _Images("cifar10", *cifar.read_folder(batches))
-        if has_meta(path):
-            store = Store.open(path)
-            return _Images(name, store.train, store.test, store.digest)
-        if (path / "train.npy").exists():
-            return _Images(name, *arrays.read_pair(path))
-        if files := idx.find(path):
-            padding = idx.edge(recipe.size)
-            return _Images(name, idx.read(files[0], padding), idx.read(files[1], padding))
-    elif is_file and suffix == ".npy":
-        return _Images(name, arrays.read_npy(path), None)
-    elif is_file and suffix == ".npz":
-        return _Images(name, *arrays.read_npz(path))
-    elif is_file and cifar.is_tar(path):
-        return _Images("cifar10", *cifar.read_tar(path))
-    elif is_file and not name.lower().endswith(ARCHIVES):
-        raise refusal(path, "not a data set: a folder, .npy, .npz, or archive (.zip, .tar, .tar.gz, ...) is expected")
-    return _Images(name, *_decode(path, recipe, seed, quiet))
+    known = named.find(path, recipe.size)
+    if known is None and not (is_file and suffix in (".npy", ".npz")):
+        if is_file and not name.lower().endswith(ARCHIVES):
+            if holds := kinds.container(name):
+                raise refusal(path, f"not a data set that is read: {holds}")
+            expected = "a folder, .npy, .npz, or archive (.zip, .tar, .tar.gz, ...) is expected"
+            raise refusal(path, f"not a data set: {expected}{_hint(path)}")
+        return _decode(path, name, recipe, how, seed, quiet)
+    if how:
+        raise refusal(
+            path, f"--partition and --split are for images: {known.title if known else suffix} has no use for it"
+        )
+    with unchanged(path):
+        if known is not None:
+            others = [split for split in known.splits if split not in ("train", "test")]
+            notes = tuple(f"{path}: the images of {split} are not used" for split in others)
+            _say(notes, quiet)
+            train, test = known.splits["train"](), known.splits["test"]()
+            return _Images(known.name or name, train, test, known.digest, notes)
+        if suffix == ".npy":
+            return _Images(name, arrays.read_npy(path), None)
+        return _read_npz(path, name, quiet)
 
 
-def _decode(path: Path, recipe: Recipe, seed: int, quiet: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(train, test) of encoded images, none of which may be unusable. They are decoded into place, by Pillow whatever
-    else is installed: a run must be able to go on with the same pixels."""
+def _say(notes: Iterable[str], quiet: bool) -> None:
+    for note in notes if not quiet else ():
+        print(note, file=sys.stderr)
+
+
+def _hint(path: Path) -> str:
+    if "idx3-ubyte" in path.name:
+        return "; of idx files give the folder"
+    if path.suffix.lower() == ".mat":
+        return "; of SVHN give the folder with train_32x32.mat and test_32x32.mat"
+    is_here = content_of(path)
+    return f"; this is {is_here}" if is_here else ""
+
+
+def _read_npz(path: Path, name: str, quiet: bool) -> _Images:
+    found = arrays.open_npz(path)
+    if "train" not in found.splits and arrays.ALL not in found.splits:
+        raise refusal(path, f"holds {' and '.join(found.keys.values())}, and no images to train on")
+    read = {split: found.splits[split]() for split in found.splits if split != "val"}
+    unused = ([f"{found.keys['val']}"] if "val" in found.keys else []) + found.unused
+    notes = (f"{path}: {', '.join(unused)} not used",) if unused else ()
+    _say(notes, quiet)
+    return _Images(name, read["train"] if "train" in read else read[arrays.ALL], read.get("test"), notes=notes)
+
+
+@contextlib.contextmanager
+def unchanged(path: Path) -> Iterator[None]:
+    """Raises UserError at the end where a file of arrays, or one in their folder, has changed in the block."""
+    files = [path] if path.is_file() else [file for file in (*path.glob("*"), *path.glob("*/*")) if file.is_file()][:99]
+    taken = {file: stamp(file.stat()) for file in files}
+    yield
+    for file, before in taken.items():
+        check_stamp(str(file), before, file.stat() if file.exists() else None)
+
+
+def _decode(path: Path, name: str, recipe: Recipe, how: dict[str, Any], seed: int, quiet: bool) -> _Images:
+    """Encoded images, none of which may be unusable. They are decoded into place, by Pillow whatever else is installed:
+    a run must be able to go on with the same pixels."""
     source = open_source(path)
-    plan = make_plan(source, seed=seed)
+    plan = make_plan(source, seed=seed, **how)
+    notes = [f"{path}: {line}" for line in (f"split by {plan.how}", *source.left_out(), *plan.notes)]
+    if validation := int((plan.part == VAL).sum()):
+        notes.append(f"{path}: {count(validation, 'image')} for validation not used")
     decoded = {split: np.empty((int((plan.part == split).sum()), *recipe.shape), np.uint8) for split in (TRAIN, TEST)}
 
     def place(split: int, rows: np.ndarray, pixels: np.ndarray) -> None:
         decoded[split][rows] = pixels
 
+    _say(notes, quiet)
     with open_decoder("pillow", recipe, 1 if len(source.items) < FEW_IMAGES else None) as decoder:
         images.decode(source, plan, decoder, recipe, place, splits=decoded, strict=True, quiet=quiet)
-    return decoded[TRAIN], decoded[TEST]
+    return _Images(name, decoded[TRAIN], decoded[TEST], notes=tuple(notes))

@@ -13,11 +13,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bvae.data.archive import CHUNK_IMAGES, FileItem, Source
+from bvae.data.archive import CHUNK_IMAGES, FileItem, Source, Stamp, check_stamp
 from bvae.data.decoders import Decoder
 from bvae.data.recipe import Item, Recipe
 from bvae.data.refusal import refusal
 from bvae.data.splits import UNLISTED, Plan
+from bvae.errors import UserError
 
 Place = Callable[[int, np.ndarray, np.ndarray], None]  # (split, rows in it int [n], pixels [n, H, W, C])
 
@@ -50,7 +51,7 @@ def decode(
         (name, reason) of the images that could not be used, by name.
 
     Raises:
-        UserError: as `strict` says, and as the source and the decoder do.
+        UserError: as `strict` says, as the source and the decoder do, and if the source has changed meanwhile.
     """
     rows = np.zeros(len(plan.part), np.int64)
     for split in splits:
@@ -61,6 +62,7 @@ def decode(
     def reject(number: int, reason: str) -> None:
         item = source.items[number]
         if strict:
+            source.check_unchanged()  # which would be the reason
             raise refusal(source.where(item), reason)
         rejects.append((item.name, reason))
 
@@ -86,6 +88,7 @@ def decode(
             for position, reason in decoded.rejected:
                 reject(int(numbers[position]), reason)
             progress.advance(len(numbers))
+    source.check_unchanged()
     return sorted(rejects)
 
 
@@ -102,7 +105,7 @@ class SourceDigest(threading.Thread):
         self._source = source
         self._leave = threading.Event()
         self._digest = ""
-        self._error: OSError | None = None
+        self._error: OSError | UserError | None = None
 
     def __enter__(self) -> "SourceDigest":
         self.start()
@@ -113,8 +116,11 @@ class SourceDigest(threading.Thread):
         self.join()
 
     def result(self) -> str:
-        """Waits for it. Raises UserError if a file cannot be read."""
+        """Waits for it. Raises UserError if a file cannot be read, or has changed since it was listed."""
         self.join()
+        if isinstance(self._error, UserError):
+            raise self._error
+        self._source.check_unchanged()
         if self._error is not None:
             raise refusal(self._error.filename or self._source.path, "cannot be read", self._error) from self._error
         return self._digest
@@ -123,19 +129,21 @@ class SourceDigest(threading.Thread):
         try:
             # Images that cannot be read are rejects; an archive must be.
             self._digest = digest_of_files(self._files(), self._leave.is_set, skip=not self._source.files)
-        except OSError as error:
+        except (OSError, UserError) as error:
             self._error = error
 
-    def _files(self) -> Iterator[tuple[str, Path]]:
+    def _files(self) -> Iterator[tuple[str, Path, Stamp | None]]:
         for file in self._source.files:
-            yield file.name, file
+            yield file.name, file, None  # check_unchanged looks at archives
         for item in self._source.items if not self._source.files else []:
             if isinstance(item, FileItem):
-                yield item.name, Path(item.root, item.name)
+                yield item.name, Path(item.root, item.name), item.stamp
 
 
-def digest_of_files(files: Iterable[tuple[str, Path]], leave: Callable[[], bool] = bool, skip: bool = False) -> str:
-    """The digest of (name, file)s as `SourceDigest` defines it.
+def digest_of_files(
+    files: Iterable[tuple[str, Path, Stamp | None]], leave: Callable[[], bool] = bool, skip: bool = False
+) -> str:
+    """The digest of (name, file, stamp when it was listed)s as `SourceDigest` defines it.
 
     Args:
         leave: says that nobody wants it any more.
@@ -143,15 +151,20 @@ def digest_of_files(files: Iterable[tuple[str, Path]], leave: Callable[[], bool]
 
     Raises:
         OSError: if one cannot be read.
+        UserError: if one has another stamp now.
     """
     sums = []
-    for name, file in files:
+    for name, file, taken in files:
         digest = hashlib.sha256()
         try:
             with open(file, "rb", buffering=0) as opened:
                 while not leave() and (block := opened.read(2**20)):
                     digest.update(block)
-        except OSError:
+                if taken is not None:
+                    check_stamp(str(file), taken, os.fstat(opened.fileno()))
+        except OSError as error:
+            if taken is not None and isinstance(error, FileNotFoundError | NotADirectoryError):
+                check_stamp(str(file), taken, None)
             if skip:
                 continue
             raise

@@ -10,7 +10,7 @@ from bvae.errors import UserError
 
 Filter = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 FILTERS: tuple[Filter, ...] = get_args(Filter)
-Crop = int | Literal["square", "none"]
+Crop = int | Literal["square", "none", "exact"]
 Size = int | tuple[int, int]  # a side, or (height, width)
 MAX_SIZE = 2**14  # of the result's side
 
@@ -36,7 +36,8 @@ class Recipe:
     size: side of the result in pixels, or its (height, width); of two equal numbers one is kept.
     channels: 3 (RGB) or 1 (grey).
     crop: shorter side in pixels of the centred box of the result's aspect that is kept; "square", the largest such box,
-        a square where the result is one; "none", all of the image, whose aspect is then lost.
+        a square where the result is one; "none", all of the image, whose aspect is then lost; "exact", all of it, which
+        must have the result's size already.
     filter: of the resize; see `bvae.data.decoders.resize`.
     antialias: widen the filter when the image shrinks, so that every pixel of the crop counts.
 
@@ -55,7 +56,7 @@ class Recipe:
         object.__setattr__(self, "size", height if height == width else (height, width))
         if self.channels not in (1, 3):
             raise UserError(f"images have 1 or 3 channels, not {self.channels}")
-        if not (self.crop in ("square", "none") or (isinstance(self.crop, int) and self.crop > 0)):
+        if not (self.crop in ("square", "none", "exact") or (isinstance(self.crop, int) and self.crop > 0)):
             raise UserError(f"the crop is a number of pixels, `square` or `none`, not {self.crop}")
         if self.filter not in FILTERS:
             raise UserError(f"the filter is one of {', '.join(FILTERS)}, not {self.filter}")
@@ -77,14 +78,17 @@ class Recipe:
         """(left, top, right, bottom) of what is kept of an image; an odd pixel left over goes right and down.
 
         Raises:
-            Rejected: if the image is smaller than the crop.
+            Rejected: if the image is smaller than the crop, or of another size than is wanted exactly.
         """
-        if self.crop == "none":
+        if self.crop == "exact" and (width, height) != (self.width, self.height):
+            raise Rejected(f"is {width}x{height}, not {self.width}x{self.height}")
+        if self.crop in ("none", "exact"):
             return 0, 0, width, height
         if self.crop == "square":
             kept_width = max(1, min(width, height * self.width // self.height))
             kept_height = max(1, min(height, width * self.height // self.width))
         else:
+            assert isinstance(self.crop, int)
             shorter = min(self.height, self.width)
             kept_width, kept_height = (self.crop * length // shorter for length in (self.width, self.height))
         if kept_width > width or kept_height > height:

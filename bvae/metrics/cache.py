@@ -18,10 +18,14 @@ VERSION = 1  # of how features are made: a change that moves them takes another
 VARIABLE = "BVAE_CACHE"
 
 
-def default_folder() -> Path:
-    """$BVAE_CACHE, or `bvae` in the user's folder for caches."""
-    given = os.environ.get(VARIABLE)
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "bvae")
+def default_folder() -> Path | None:
+    """$BVAE_CACHE, or `bvae` in the user's folder for caches; None for a user without a home, as in some containers."""
+    if given := os.environ.get(VARIABLE):
+        return Path(given)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "bvae")
+    except RuntimeError:
+        return None
 
 
 class Cache:
@@ -37,11 +41,11 @@ class Cache:
     def get(self, images: str, origin: Origin, n: int, features: bool, device: torch.device) -> Statistics | None:
         """Statistics of n images with this digest, on `device`; None where there are none, or none with `features`."""
         path, key = self._place(images, origin, n)
-        if path is None or not path.is_file():
-            return None
         try:
+            if path is None or not path.is_file():
+                return None
             found, meta = load_statistics(path)
-        except UserError:
+        except (UserError, OSError):
             return None
         if any(meta.get(name) != value for name, value in key.items()) or (features and found.features is None):
             return None

@@ -14,6 +14,8 @@ from bvae.metrics.protocols import Protocol
 from bvae.metrics.statistics import Origin, Statistics
 from bvae.world import talking
 
+PREPARED_BYTES = 2**28
+
 
 class Extractor:
     """Features of images under one protocol.
@@ -40,10 +42,10 @@ class Extractor:
         """Images uint8 [B,H,W,C] or float [B,C,H,W] in [0,1], C 1 or 3 -> [B,2048] float32. Grey becomes colour."""
         try:
             parts = []
+            few = max(1, PREPARED_BYTES // max(1, 4 * images[0].numel()))  # resized at a time, in float32
             for part in images.split(self.batch):
-                part = part.to(self.network.device)
-                part = part.expand(-1, -1, -1, 3) if part.dtype == torch.uint8 else part.expand(-1, 3, -1, -1)
-                parts.append(self.network(self.protocol.prepare(part)))
+                prepared = [self._prepare(some) for some in part.split(few)]
+                parts.append(self.network(prepared[0] if len(prepared) == 1 else torch.cat(prepared)))
             return torch.cat(parts)
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
@@ -52,6 +54,11 @@ class Extractor:
                 f"not enough memory for {self.batch} images of 299x299 at a time on {self.network.device}: "
                 "lower --batch-size, or use --precision bf16"
             ) from None
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        images = images.to(self.network.device)
+        grey_or_colour = (-1, -1, -1, 3) if images.dtype == torch.uint8 else (-1, 3, -1, -1)
+        return self.protocol.prepare(images.expand(*grey_or_colour))
 
     @torch.inference_mode()
     def statistics(

@@ -44,4 +44,5 @@ def _noise(values: Tensor) -> Tensor:
 
 
 def _distance(mu1: Tensor, mu2: Tensor, trace1: Tensor, trace2: Tensor, cross: Tensor) -> float:
-    return ((mu1 - mu2).square().sum() + trace1 + trace2 - 2 * cross).item()
+    # Between equal sets rounding leaves a little, of either sign.
+    return max(0.0, ((mu1 - mu2).square().sum() + trace1 + trace2 - 2 * cross).item())

@@ -1,33 +1,39 @@
-"""Sets of images as the command line names them: a folder, an archive, a store, CIFAR-10, .npy or .npz.
+"""Sets of images as the command line names them: a folder, an archive, a store, a known data set, .npy or .npz.
 
-Nothing is resized, dropped or converted on the way: what cannot be used as it is, is refused by name.
+Encoded images become pixels by the rules of preparing (docs/backends.md), and by its decoder. Nothing is resized or
+dropped on the way: what cannot be used as it is, is refused by name.
 """
 
 import hashlib
-import io
-import warnings
-from collections.abc import Iterator
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import PIL
 import torch
-from PIL import Image
 from torch import Tensor
 
-from bvae.data import cifar, jpeg
-from bvae.data.archive import Source, open_source
-from bvae.data.arrays import read_npy
-from bvae.data.decoders.pillow import FORMATS, MAX_PIXELS
-from bvae.data.recipe import Rejected
+from bvae.data import arrays, idx, jpeg, kinds, named, svhn
+from bvae.data.archive import ARCHIVES, CHUNK_IMAGES, Source, check_stamp, open_source, stamp
+from bvae.data.decoders import open_decoder
+from bvae.data.decoders.pillow import inspect_image, quiet
+from bvae.data.recipe import Item, Recipe, Rejected
 from bvae.data.refusal import refusal
+from bvae.data.splits import SPLITS, named_splits
 from bvae.errors import UserError
 from bvae.metrics.protocols import quantise, stretch
 from bvae.metrics.statistics import Statistics, holds_statistics, load_statistics
 
-SPLITS = ("train", "val", "test")
-IMAGE_KEYS = {"train": ("train", "x_train", "images"), "test": ("test", "x_test", "test_images"), "val": ("val",)}
-READ = 500  # images at a time
+NAMES = (*SPLITS, "extra", "unlabeled")  # of splits, behind a colon
+READ = 500  # images at a time, but no more than
+READ_BYTES = 2**27  # of their pixels
+CHUNK_BYTES = 2**23  # of a decoder's piece of work
+KEPT_BYTES = 2**28  # of decoded pixels that are kept from checking to measuring
+FEW_IMAGES = 500  # decoded before worker processes would have started
+ROUNDING = 1e-5  # by which floats may lie outside [0,1]; they are clipped
 GREY = "grey images, where the network expects colour: --grey repeats their channel, on both sides"
 
 
@@ -36,10 +42,14 @@ class Images:
 
     name: for messages and results.
     n: how many.
+    size: (height, width) of each; of encoded images known once they were read, by `digest`.
+    notes: lines for the user: what the source holds that is not among them.
     """
 
     name: str
     n: int
+    size: tuple[int, int] | None = None
+    notes: tuple[str, ...] = ()
     _digest: str | None = None
 
     def first(self, count: int) -> "Images":
@@ -51,6 +61,9 @@ class Images:
         if self._digest is None:
             self._digest = self._read_all()
         return self._digest
+
+    def check(self, rank: int = 0, ranks: int = 1) -> None:
+        """Refuses what can only be found by decoding it, of the batches that `batches` gives this rank."""
 
     def _read_all(self) -> str:
         raise NotImplementedError
@@ -79,101 +92,160 @@ class ArrayImages(Images):
         self.array = array
         self.name = name
         self.n = len(array)
+        self.size = array.shape[1], array.shape[2]
+        self.rows = max(1, min(READ, READ_BYTES // (array.itemsize * math.prod(array.shape[1:]))))
+        self._file: Path | None = getattr(array, "filename", None)
+        self._stamp = stamp(os.stat(self._file)) if self._file else None
 
     def first(self, count: int) -> "ArrayImages":
-        return ArrayImages(self.array[:count], self.name, grey=True)
+        some = ArrayImages(self.array[:count], self.name, grey=True)
+        some.notes = self.notes
+        return some
+
+    def _check_unchanged(self) -> None:
+        if self._file is not None and self._stamp is not None:
+            there = os.path.exists(self._file)
+            check_stamp(str(self._file), self._stamp, os.stat(self._file) if there else None)
 
     def _read_all(self) -> str:
         h = hashlib.sha256(f"array {self.array.dtype.str} {self.array.shape}".encode())
-        for start in range(0, self.n, READ):
-            part = np.ascontiguousarray(self.array[start : start + READ])
+        for start in range(0, self.n, self.rows):
+            part = np.ascontiguousarray(self.array[start : start + self.rows])
             if part.dtype != np.uint8:
-                if not np.isfinite(part).all():
-                    raise UserError(f"{self.name}: holds values that are not finite (NaN or infinite)")
-                low, high = part.min(), part.max()
-                if low < 0 or high > 1:
-                    hint = "; pixels in 0..255 are given as uint8" if 1 < high <= 255 and low >= 0 else ""
-                    raise UserError(f"{self.name}: floats must be in [0,1], found {low:g} to {high:g}{hint}")
+                self._check_range(part)
             h.update(part.data)
+        self._check_unchanged()
         return f"sha256:{h.hexdigest()}"
 
+    def _check_range(self, part: np.ndarray) -> None:
+        if not np.isfinite(part).all():
+            raise UserError(f"{self.name}: holds values that are not finite (NaN or infinite)")
+        low, high = float(part.min()), float(part.max())
+        if low < -ROUNDING or high > 1 + ROUNDING:
+            hint = ""
+            if 2 <= high <= 255 and low >= 0:
+                hint = "; pixels in 0..255 are given as uint8"
+            elif -1 - ROUNDING <= low < 0 and high <= 1 + ROUNDING:
+                hint = "; those in [-1,1] are brought there by (x + 1) / 2"
+            raise UserError(f"{self.name}: floats must be in [0,1], found {low:.9g} to {high:.9g}{hint}")
+
     def batches(self, rank: int = 0, ranks: int = 1) -> Iterator[Tensor]:
-        for start in range(rank * READ, self.n, ranks * READ):
-            part = np.array(self.array[start : start + READ])
+        for start in range(rank * self.rows, self.n, ranks * self.rows):
+            part = np.array(self.array[start : start + self.rows])
             if part.dtype == np.uint8:
                 yield torch.from_numpy(part)
             else:
-                yield torch.from_numpy(part.astype(np.float32)).permute(0, 3, 1, 2)
+                yield torch.from_numpy(part.astype(np.float32).clip(0, 1)).permute(0, 3, 1, 2)
+        self._check_unchanged()
 
 
 class EncodedImages(Images):
-    """Of a folder or an archive. Pixels as Pillow decodes them: first frame, no EXIF rotation, no transparency."""
+    """Of a folder or an archive, decoded as `bvae.data.decoders.pillow.decode_image` says, and not resized.
 
-    def __init__(self, source: Source, grey: bool = False, count: int | None = None) -> None:
+    Args:
+        numbers: which of the source's items; by default all.
+    """
+
+    def __init__(self, source: Source, grey: bool = False, numbers: np.ndarray | None = None) -> None:
         self.source = source
         self.grey = grey
         self.name = source.path
-        self.n = len(source.items) if count is None else min(count, len(source.items))
+        self.numbers = np.arange(len(source.items)) if numbers is None else numbers
+        self.n = len(self.numbers)
+        self.notes = tuple(source.left_out())
+        self._kept: list[Tensor] | None = None
 
     def first(self, count: int) -> "EncodedImages":
-        return EncodedImages(self.source, self.grey, min(count, self.n))
-
-    def _encoded(self) -> Iterator[tuple[int, str, bytes]]:
-        for numbers, items in self.source.chunks(lambda number: number < self.n):
-            for number, item in zip(numbers, items, strict=True):
-                try:
-                    yield number, item.name, item.read()
-                except Rejected as error:
-                    raise UserError(f"{self.name}: {item.name} {error}") from None
+        some = EncodedImages(self.source, self.grey, self.numbers[:count])
+        some.notes = self.notes
+        return some
 
     def _read_all(self) -> str:
-        h = hashlib.sha256(f"encoded {PIL.__version__}".encode())
-        first: tuple[str, tuple[int, int]] | None = None
-        for _, name, data in self._encoded():
-            h.update(hashlib.sha256(data).digest())
-            with self._open(name, data) as image:
-                first = first or (name, image.size)
-                if image.size != first[1]:
-                    sizes = " and ".join(f"{width}x{height}" for width, height in (first[1], image.size))
-                    raise UserError(
-                        f"{self.name}: images of different sizes ({sizes}: {first[0]}, {name}); bring them to one "
-                        "size first, since how that is done moves the FID"
-                    )
+        """Of the files' bytes; sizes, depths and channels are checked by what the files say of themselves."""
+        h = hashlib.sha256(f"encoded 2 {PIL.__version__}".encode())
+        first = ""
+        wanted = self._wanted(self.numbers)
+        with quiet():
+            for _, items in self.source.chunks(wanted):
+                for item in items:
+                    try:
+                        data = item.read()
+                        height, width, mode = inspect_image(data)
+                    except Rejected as error:
+                        self._refuse(item.name, str(error))
+                    h.update(hashlib.sha256(data).digest())
+                    if mode in ("1", "L", "LA") and not self.grey:
+                        raise UserError(f"{self.name}: {item.name}: {GREY}")
+                    first = first or item.name
+                    self.size = self.size or (height, width)
+                    if (height, width) != self.size:
+                        sizes = " and ".join(f"{w}x{h}" for h, w in (self.size, (height, width)))
+                        raise UserError(
+                            f"{self.name}: images of different sizes ({sizes}: {first}, {item.name}); bring them to "
+                            "one size first, since how that is done moves the FID"
+                        )
+        self.source.check_unchanged()
         return f"sha256:{h.hexdigest()}"
 
+    def check(self, rank: int = 0, ranks: int = 1) -> None:
+        if self._kept is not None:
+            return
+        self.digest()
+        assert self.size is not None
+        keep = self.n * math.prod(self.size) * 3 // ranks <= KEPT_BYTES
+        kept = []
+        for batch in self._decoded(rank, ranks):
+            if keep:
+                kept.append(batch)
+        self._kept = kept if keep else None
+
     def batches(self, rank: int = 0, ranks: int = 1) -> Iterator[Tensor]:
+        yield from self._kept if self._kept is not None else self._decoded(rank, ranks)
+
+    def _decoded(self, rank: int, ranks: int) -> Iterator[Tensor]:
+        self.digest()
+        assert self.size is not None
+        recipe = Recipe(size=self.size, channels=3, crop="exact")
+        image = math.prod(recipe.shape)
+        rows = max(1, min(READ, READ_BYTES // image))
+        mine = self.numbers[np.arange(self.n) // rows % ranks == rank]
+        chunks: list[list[Item]] = []
+
+        def pieces() -> Iterator[list[Item]]:
+            for _, items in self.source.chunks(self._wanted(mine), max(1, min(CHUNK_IMAGES, CHUNK_BYTES // image))):
+                chunks.append(items)
+                yield items
+
         batch: list[np.ndarray] = []
-        for place, (_, name, data) in enumerate(self._encoded()):
-            if (place // READ) % ranks != rank:
-                continue
-            batch.append(self._decode(name, data))
-            if len(batch) == READ:
-                yield torch.from_numpy(np.stack(batch))
-                batch = []
+        held = 0
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = 1 if len(mine) < FEW_IMAGES else max(1, cores // ranks)
+        with open_decoder("pillow", recipe, workers) as decoder:
+            for decoded in decoder.run(pieces()):
+                items = chunks.pop(0)
+                for position, reason in decoded.rejected:
+                    self._refuse(items[position].name, reason)
+                pixels = decoded.pixels
+                while held + len(pixels) >= rows:
+                    batch.append(pixels[: rows - held])
+                    pixels = pixels[rows - held :]
+                    yield torch.from_numpy(np.concatenate(batch))
+                    batch, held = [], 0
+                if len(pixels):
+                    batch.append(pixels)
+                    held += len(pixels)
         if batch:
-            yield torch.from_numpy(np.stack(batch))
+            yield torch.from_numpy(np.concatenate(batch))
+        self.source.check_unchanged()
 
-    def _open(self, name: str, data: bytes) -> Image.Image:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow, on odd metadata and large images: what matters is raised
-            try:
-                image = Image.open(io.BytesIO(data), formats=FORMATS)
-            except Exception as error:
-                raise refusal(self.name, f"{name} is not a readable image", error) from error
-        if image.width * image.height > MAX_PIXELS:
-            raise UserError(f"{self.name}: {name} has more than the {MAX_PIXELS} pixels accepted")
-        if image.mode[0] in "IF":
-            raise UserError(f"{self.name}: {name} is deeper than 8 bits a channel; convert it to 8")
-        if image.mode in ("1", "L", "LA") and not self.grey:
-            raise UserError(f"{self.name}: {name}: {GREY}")
-        return image
+    def _wanted(self, numbers: np.ndarray) -> Callable[[int], bool]:
+        wanted = np.zeros(len(self.source.items), bool)
+        wanted[numbers] = True
+        return lambda number: bool(wanted[number])
 
-    def _decode(self, name: str, data: bytes) -> np.ndarray:
-        with self._open(name, data) as image:
-            try:
-                return np.asarray(image.convert("RGB"))
-            except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
-                raise refusal(self.name, f"{name} cannot be decoded", error) from error
+    def _refuse(self, name: str, reason: str) -> None:
+        self.source.check_unchanged()  # which would be the reason
+        raise UserError(f"{self.name}: {name} {reason}") from None
 
 
 class ChangedImages(Images):
@@ -181,10 +253,13 @@ class ChangedImages(Images):
 
     def __init__(self, images: Images, through_jpeg: bool, stretched: bool) -> None:
         self.images, self.through_jpeg, self.stretched = images, through_jpeg, stretched
-        self.name, self.n = images.name, images.n
+        self.name, self.n, self.notes = images.name, images.n, images.notes
 
     def first(self, count: int) -> "ChangedImages":
         return ChangedImages(self.images.first(count), self.through_jpeg, self.stretched)
+
+    def check(self, rank: int = 0, ranks: int = 1) -> None:
+        self.images.check(rank, ranks)
 
     def _read_all(self) -> str:
         return self.images.digest()  # what was done stands in the protocol's name
@@ -193,39 +268,50 @@ class ChangedImages(Images):
         for batch in self.images.batches(rank, ranks):
             if self.through_jpeg:
                 batch = torch.from_numpy(jpeg.roundtrip(quantise(batch).numpy()))
-            yield stretch(batch) if self.stretched else batch
+            if self.stretched:  # in float64: not all of a batch at a time
+                few = max(1, CHUNK_BYTES // max(1, batch[0].numel()))
+                batch = torch.cat([stretch(part) for part in batch.split(few)])
+            yield batch
 
 
 def open_images(text: str, grey: bool = False) -> Images | Statistics:
-    """What lies at a path, which may end in `:train`, `:val` or `:test` where there are splits; test is the default.
+    """What lies at a path, which may end in `:train`, `:val` or `:test` where there are splits.
 
+    Of data sets and arrays with a split the test images are the default, of folders and archives all images.
     Raises UserError, in one line that names the path, for what is no set of images and no statistics.
     """
+    if not text.strip():
+        raise UserError("the path is empty: images or statistics are expected")
     path, split = _split_of(text)
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
     except (OSError, ValueError) as error:
         raise refusal(repr(text), "not a usable path", error) from error
-    if is_folder and (batches := cifar.find_folder(path)):
-        train, test = cifar.read_folder(batches)
-        return ArrayImages(_one_of({"train": train, "test": test}, split, path), f"{path}:{split or 'test'}")
-    if is_folder and (path / "test.npy").exists():
-        array = path / f"{split or 'test'}.npy"
-        if not array.is_file():
-            raise refusal(path, f"a prepared store without {array.name}")
-        return ArrayImages(read_npy(array), str(array), grey)
-    if is_file and path.suffix.lower() == ".npy":
-        return ArrayImages(read_npy(_whole(path, split)), str(path), grey)
-    if is_file and path.suffix.lower() == ".npz":
+    suffix = path.suffix.lower()
+    if known := named.find(path):
+        if (split or "test") not in known.splits:
+            raise refusal(path, f"has no {split}, only {' and '.join(known.splits)}")
+        return ArrayImages(known.splits[split or "test"](), f"{path}:{split or 'test'}", grey)
+    if is_folder and (path / "test.npy").is_file():
+        if split not in (None, "test"):
+            raise refusal(path, f"a folder of NumPy files without {split}.npy")
+        return ArrayImages(arrays.read_npy(path / "test.npy"), str(path / "test.npy"), grey)
+    if is_file and suffix == ".npy":
+        return ArrayImages(arrays.read_npy(_whole(path, split)), str(path), grey)
+    if is_file and suffix == ".npz":
         return _open_npz(path, split, grey)
-    if is_file and path.suffix.lower() in (".pkl", ".pickle", ".pt", ".pth"):
-        raise refusal(path, "a pickle, which could run code, is not opened: give images, or statistics as .npz")
-    return EncodedImages(open_source(_whole(path, split)), grey)
+    if is_file and "idx3-ubyte" in path.name:
+        return ArrayImages(idx.read(_whole(path, split)), str(path), grey)
+    if is_file and suffix == ".mat":
+        return ArrayImages(svhn.read(_whole(path, split)), str(path), grey)
+    if is_file and not path.name.lower().endswith(ARCHIVES) and (holds := kinds.container(path.name)):
+        raise refusal(path, f"not opened: it is {holds}")
+    return _open_encoded(path, split, grey)
 
 
 def _split_of(text: str) -> tuple[Path, str | None]:
     head, _, tail = text.rpartition(":")
-    return (Path(head), tail) if head and tail in SPLITS and not Path(text).exists() else (Path(text), None)
+    return (Path(head), tail) if head and tail in NAMES and not Path(text).exists() else (Path(text), None)
 
 
 def _whole(path: Path, split: str | None) -> Path:
@@ -234,30 +320,42 @@ def _whole(path: Path, split: str | None) -> Path:
     return path
 
 
-def _one_of(parts: dict[str, np.ndarray], split: str | None, path: Path) -> np.ndarray:
-    if (split or "test") not in parts:
-        raise refusal(path, f"has no {split}, only {' and '.join(parts)}")
-    return parts[split or "test"]
+def _open_encoded(path: Path, split: str | None, grey: bool) -> EncodedImages:
+    source = open_source(path)
+    plan = named_splits(source)
+    if split is None:
+        images = EncodedImages(source, grey)
+        if plan is not None and plan.description["by"] == "folders":
+            images.notes += (f"all its images are taken, whatever folder they are in; {path}:test takes those of test",)
+        return images
+    if plan is None:
+        _whole(path, split)
+    assert plan is not None
+    numbers = np.flatnonzero(plan.part == SPLITS.index(split)) if split in SPLITS else np.array([], int)
+    if not len(numbers):
+        raise refusal(path, f"has no images for {split} (split by {plan.how})")
+    images = EncodedImages(source, grey, numbers)
+    images.name = f"{path}:{split}"
+    return images
 
 
 def _open_npz(path: Path, split: str | None, grey: bool) -> Images | Statistics:
     try:
         with np.load(path, allow_pickle=False) as archive:
             names = archive.files
-            if holds_statistics(names):
-                return load_statistics(_whole(path, split))[0]
-            wanted = [key for key in IMAGE_KEYS[split] if key in names] if split else []
-            if not split:
-                known = [key for kind in ("test", "train") for key in IMAGE_KEYS[kind] if key in names]
-                wanted = known[:1] or (names if len(names) == 1 else [])
-            if not wanted:
-                found = ", ".join(names[:8]) or "none"
-                raise refusal(path, f"which array? Expected {split or 'images or a single array'}, found: {found}")
-            array = archive[wanted[0]]
-    except (UserError, MemoryError):
-        raise
     except Exception as error:  # NumPy and zipfile report damage in many ways
         raise refusal(path, "not a readable NumPy archive", error) from error
-    if not isinstance(array, np.ndarray):
-        raise refusal(f"{path}[{wanted[0]}]", "not an array")
-    return ArrayImages(array, f"{path}[{wanted[0]}]", grey)
+    if holds_statistics(names):
+        statistics, _ = load_statistics(_whole(path, split))
+        others = [name for name in names if name not in ("mu", "sigma", "meta", "features")]
+        if not others:
+            return statistics
+        return replace(statistics, notes=(f"its mu and sigma are taken, not {', '.join(others)}",))
+    found = arrays.open_npz(path)
+    wanted = split or next((name for name in ("test", "train", arrays.ALL) if name in found.splits), "val")
+    if wanted not in found.splits:
+        raise refusal(path, f"has no {wanted}, only {', '.join(found.keys.values())}")
+    images = ArrayImages(found.splits[wanted](), f"{path}[{found.keys[wanted]}]", grey)
+    others = [key for name, key in found.keys.items() if name != wanted] + found.unused
+    images.notes = (f"not measured of it: {', '.join(others)}",) if others else ()
+    return images

@@ -30,18 +30,23 @@ class Origin:
     """What else than the images decides about features.
 
     protocol: its name, with what was done to the images before it: `tf1`, `tf1+jpeg`, `tf1+stretch`, ...
-    weights: digest of the network's weights; None for pytorch-fid's files, which do not say.
+    weights: digest of the network's weights.
     precision: fp32 or bf16.
+
+    Each is None for a file that does not say, as other tools' do not.
     """
 
-    protocol: str
+    protocol: str | None
     weights: str | None
-    precision: str
+    precision: str | None
 
     @property
-    def base(self) -> str:
+    def base(self) -> str | None:
         """The protocol's name alone."""
-        return self.protocol.split("+", 1)[0]
+        return None if self.protocol is None else self.protocol.split("+", 1)[0]
+
+
+UNKNOWN = Origin(None, None, None)
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Statistics:
     mean [d], covariance [d,d]: float64.
     n: images; None where a file does not say.
     features: [n,d] float32 where they were kept.
+    notes: lines for the user: what else the file holds.
     """
 
     mean: Tensor
@@ -58,10 +64,13 @@ class Statistics:
     n: int | None
     origin: Origin
     features: Tensor | None = None
+    notes: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> "Statistics":
         features = None if self.features is None else self.features.to(device)
-        return Statistics(self.mean.to(device), self.covariance.to(device), self.n, self.origin, features)
+        return dataclasses.replace(
+            self, mean=self.mean.to(device), covariance=self.covariance.to(device), features=features
+        )
 
     def without_features(self) -> "Statistics":
         return dataclasses.replace(self, features=None)
@@ -71,9 +80,9 @@ def fid(a: Statistics, b: Statistics) -> float:
     """The Frechet Inception distance. Raises UserError where the two are not of one making."""
     if a.mean.shape != b.mean.shape:
         raise UserError(f"statistics of {len(a.mean)} and of {len(b.mean)} features cannot be compared")
-    if a.origin.base != b.origin.base:
+    if None not in (a.origin.base, b.origin.base) and a.origin.base != b.origin.base:
         raise UserError(f"statistics of protocol {a.origin.base} and of {b.origin.base} cannot be compared")
-    if a.origin.precision != b.origin.precision:
+    if None not in (a.origin.precision, b.origin.precision) and a.origin.precision != b.origin.precision:
         raise UserError(f"features in {a.origin.precision} and in {b.origin.precision} cannot be compared")
     if None not in (a.origin.weights, b.origin.weights) and a.origin.weights != b.origin.weights:
         raise UserError("statistics by different weights of the network cannot be compared")
@@ -120,7 +129,7 @@ def holds_statistics(names: list[str]) -> bool:
 def load_statistics(path: Path) -> tuple[Statistics, dict[str, Any]]:
     """(statistics, the whole `meta`) of a file of save_statistics or of pytorch-fid.
 
-    pytorch-fid's say nothing of their making: they are taken to be of its protocol, in fp32.
+    Other tools' say nothing of their making: their origin is UNKNOWN.
     Raises UserError for what is damaged, holds objects, or cannot be a mean and a covariance.
     """
     arrays = {}
@@ -130,10 +139,10 @@ def load_statistics(path: Path) -> tuple[Statistics, dict[str, Any]]:
                 if name in archive.files:
                     arrays[name] = archive[name]
         meta = json.loads(arrays["meta"].tobytes()) if "meta" in arrays else {}
-        n, protocol = meta.get("n"), meta.get("protocol", "pytorch-fid")
-        origin = Origin(protocol, meta.get("weights"), meta.get("precision", "fp32"))
+        n = meta.get("n")
+        origin = Origin(meta["protocol"], meta.get("weights"), meta.get("precision", "fp32")) if meta else UNKNOWN
         check_type(n, int | None)
-        check_type(dataclasses.astuple(origin), tuple[str, str | None, str])
+        check_type(dataclasses.astuple(origin), tuple[str | None, str | None, str | None])
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # NumPy and zipfile report damage in many ways
@@ -150,6 +159,11 @@ def load_statistics(path: Path) -> tuple[Statistics, dict[str, Any]]:
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise UserError(f"{path}: mu {list(mu.shape)} and sigma {list(sigma.shape)} are no mean and covariance")
     features = arrays.get("features")
+    if n is not None and n < 2:
+        raise UserError(f"{path}: statistics of {n} image(s), which have no covariance")
+    _check_covariance(path, torch.from_numpy(sigma.astype(np.float64)))
+    if features is not None and (features.dtype.kind != "f" or features.shape != (n, len(mu))):
+        raise UserError(f"{path}: features {list(features.shape)} are not of {n} images")
     return (
         Statistics(
             torch.from_numpy(mu.astype(np.float64)),
@@ -160,6 +174,17 @@ def load_statistics(path: Path) -> tuple[Statistics, dict[str, Any]]:
         ),
         meta,
     )
+
+
+def _check_covariance(path: Path, sigma: Tensor) -> None:
+    """Refuses what is no covariance: not symmetric, or with variances below 0 beyond the rounding of float32."""
+    largest = sigma.abs().max()
+    if (sigma - sigma.T).abs().max() > 1e-5 * largest:
+        raise UserError(f"{path}: sigma is no covariance: it is not symmetric")
+    trace = sigma.trace()
+    shifted = sigma + torch.eye(len(sigma), dtype=sigma.dtype) * (1e-6 * trace.abs() + torch.finfo(sigma.dtype).tiny)
+    if trace < 0 or torch.linalg.cholesky_ex(shifted).info:
+        raise UserError(f"{path}: sigma is no covariance: in some direction the variance is below 0")
 
 
 def check_dimension(statistics: Statistics, path: Path | str) -> None:

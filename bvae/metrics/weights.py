@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bvae.data.archive import content_of
 from bvae.errors import UserError
 from bvae.metrics.inception import Inception
 
@@ -45,6 +46,8 @@ def find_weights(given: str | Path | None = None) -> Path | None:
     """
     given = given or os.environ.get(VARIABLE) or None
     cache = Path(torch.hub.get_dir(), "checkpoints")
+    if str(cache).startswith("~"):  # a user without a home
+        cache = Path(os.devnull)
     if given is not None and str(given) != DOWNLOAD:
         path = Path(given)
         if not path.is_file():
@@ -57,6 +60,8 @@ def find_weights(given: str | Path | None = None) -> Path | None:
 
 
 def _download(path: Path) -> Path:
+    if path.is_relative_to(os.devnull):
+        raise UserError(f"this user has no home folder to download to: set $TORCH_HOME; the weights are {HELP}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(URL, str(path), hash_prefix=FILE_SHA256)
@@ -74,6 +79,8 @@ def load_weights(path: Path) -> Checkpoint:
     Raises UserError for what is not a state dict, for one in which a layer is missing or of another shape, and for
     weights that are not those of 2015-12-05 (torchvision's have the same names).
     """
+    if (is_here := content_of(path)) and "zip" not in is_here:  # torch's own format is a zip
+        raise UserError(f"{path}: not the Inception weights: it is {is_here}; needed: {HELP}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, on archives of other kinds: what matters is raised

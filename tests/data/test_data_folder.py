@@ -65,8 +65,13 @@ def test_train_and_test_folders(tmp_path):
         for seed in seeds:
             save(tmp_path / part / f"{seed}.png", picture(16, 16, seed))
     save(tmp_path / "stray.png", picture())
-    data = load(tmp_path, side=16, channels=3)
+    refused(tmp_path, "stray.png", "--partition folders")
+    data = load(tmp_path, side=16, channels=3, partition="folders")
+    assert any("1 image beside the splits left out" in note for note in data.notes)
     assert np.array_equal(data.train, np.stack([picture(16, 16, seed) for seed in (0, 1, 2)]))
+    whole = load(tmp_path, side=16, channels=3, partition="none")
+    assert len(whole.train) + len(whole.test) == 6
+    (tmp_path / "stray.png").unlink()
     assert np.array_equal(data.test, np.stack([picture(16, 16, seed) for seed in (3, 4)]))
     for file in (tmp_path / "test").iterdir():
         file.unlink()

@@ -129,7 +129,7 @@ def test_npz_with_a_single_array_of_any_name(tmp_path):
 def test_npz_where_the_choice_is_not_clear(tmp_path):
     path = tmp_path / "a.npz"
     np.savez(path, first=pixels(3), second=pixels(3))
-    with refused(path, "first, second"):
+    with refused(path, "which array", "first [3, 16, 16, 3], second [3, 16, 16, 3]"):
         load(path, side=16, channels=3)
     np.savez(path)
     with refused(path, "none"):

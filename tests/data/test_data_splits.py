@@ -86,18 +86,23 @@ def test_lists_in_all_their_forms():
         "a b.jpg\t0\n\n  c.jpg   2  \n",
         "image_id,partition\na b.jpg,0\nc.jpg,2\n",
         '"a b.jpg", 0\n"c.jpg",2\nc.jpg,2\n',
+        "a b.jpg train\nc.jpg test\n",
+        "a b.jpg,Training\nc.jpg,eval\n",
+        "label,filename,split\n7,a b.jpg,train\n8,c.jpg,test\n",
+        'partition,image_id\n0,a b.jpg\n2,"c.jpg"\n',
     ):
         assert parse_list(text.encode(), "list") == expected
     for text, word in (
         ("", "no lines"),
         ("heading only", "line 1"),
         ("a.jpg;0", "line 1"),
-        ("a.jpg train\nb.jpg 0\n", "line 1"),
-        ("a.jpg,train\nb.jpg,0\n", "line 1"),
+        ("a.jpg other\nb.jpg 0\n", "line 1"),
+        ("a.jpg,other\nb.jpg,0\n", "line 1"),
         ("a.jpg 0\nb.jpg 3", "line 2"),
         ("a.jpg 0\nb.jpg", "line 2"),
         ("a.jpg 0\na.jpg 1", "another part"),
-        ("name,part\nb.jpg,train", "line 2"),
+        ("name,part\nb.jpg,trainer", "line 2"),
+        ("name,part,more\nb.jpg", "line 2"),
     ):
         refused(lambda text=text: parse_list(text.encode(), "list"), "list", word)
     refused(lambda: parse_list(b"\xff\xfe\x00", "list"), "not a partition list")
@@ -111,10 +116,13 @@ def test_sub_folders(tmp_path):
         write_tar(tmp_path / "a.tar", {f"deep/er/{name}": data for name, data in files.items()}),
     ):
         source = open_source(path)
-        plan = make_plan(source)
+        plan = make_plan(source, partition="folders")
         for item, part in zip(source.items, plan.part, strict=True):
             folder = item.name.split("/")[-2]
             assert part == {"train": TRAIN, "Valid": VAL, "test": TEST}.get(folder, OUTSIDE)
+        assert plan.notes == (f"{(plan.part == OUTSIDE).sum()} images beside the splits left out",)
+        refused(lambda source=source: make_plan(source), "extra", "--partition folders", "--partition none")
+        assert OUTSIDE not in make_plan(source, partition="none").part
 
 
 def test_sub_folders_without_a_test(tmp_path):
@@ -124,9 +132,11 @@ def test_sub_folders_without_a_test(tmp_path):
     assert [(part == which).sum() for which in (TRAIN, VAL, TEST)] == [27, 5, 3]
     (tmp_path / "a" / "test").mkdir()
     refused(lambda: make_plan(open_source(tmp_path / "a")), "test", "no images")
-    # Without `train`, names of folders mean nothing.
+    # Without `train`, images for test are trained on only where the user says so.
     source = open_source(write_folder(tmp_path / "b", {"test/1.png": b"x", "val/2.png": b"x"}))
-    assert sorted(make_plan(source).part.tolist()) == [TRAIN, TEST]
+    refused(lambda: make_plan(source), "test, val", "no `train`", "--partition none")
+    assert sorted(make_plan(source, partition="none").part.tolist()) == [TRAIN, TEST]
+    refused(lambda: make_plan(source, partition="folders"), "no image is for train")
 
 
 def test_splits_are_drawn_among_images_that_may_be_of_use(tmp_path):

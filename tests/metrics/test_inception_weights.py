@@ -55,6 +55,24 @@ def test_a_download_is_checked_and_leaves_nothing_half_done(hub: Path, tmp_path:
         find_weights("download")
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [(b"<!DOCTYPE html>\n<html>", "an HTML page"), (b"version https://git-lfs.github.com/spec/v1", "Git LFS")],
+)
+def test_a_page_that_was_saved_as_weights_is_called_one(tmp_path: Path, data: bytes, said: str) -> None:
+    (tmp_path / "w.pth").write_bytes(data)
+    refuses(tmp_path / "w.pth", f"not the Inception weights: it is {said}" if "HTML" in said else said)
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("BVAE_INCEPTION", "TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    assert find_weights() is None
+    with pytest.raises(UserError, match="TORCH_HOME"):
+        find_weights("download")
+
+
 def test_refuses_a_pickle_with_code_and_does_not_run_it(tmp_path: Path) -> None:
     class Code:
         def __reduce__(self):

@@ -124,11 +124,33 @@ def test_files_hold_everything_and_are_pytorch_fids_too(tmp_path: Path) -> None:
         assert archive["mu"].shape == (16,) and archive["sigma"].shape == (16, 16)
 
 
-def test_pytorch_fids_files_are_of_its_protocol(tmp_path: Path) -> None:
+def test_of_other_tools_files_nothing_is_said_that_they_do_not_say(tmp_path: Path) -> None:
     np.savez(tmp_path / "s.npz", mu=np.zeros(4), sigma=np.eye(4, dtype=np.float32))
     read, _ = load_statistics(tmp_path / "s.npz")
-    assert read.origin == Origin("pytorch-fid", None, "fp32") and read.n is None
+    assert read.origin == Origin(None, None, None) and read.origin.base is None and read.n is None
     assert read.covariance.dtype == torch.float64
+    fid(read, small(dim=4))
+
+
+@pytest.mark.parametrize(
+    ("sigma", "said"),
+    [
+        (-np.eye(4), "below 0"),
+        (np.diag([1.0, 1.0, 1.0, -0.01]), "below 0"),
+        (np.triu(np.ones((4, 4))), "not symmetric"),
+    ],
+)
+def test_what_is_no_covariance_is_refused(tmp_path: Path, sigma: np.ndarray, said: str) -> None:
+    np.savez(tmp_path / "s.npz", mu=np.zeros(4), sigma=sigma)
+    with pytest.raises(UserError, match=f"s.npz: sigma is no covariance.*{said}"):
+        load_statistics(tmp_path / "s.npz")
+
+
+def test_covariances_of_few_samples_in_float32_are_covariances(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).exponential(size=(9, 300)).astype(np.float32)
+    for sigma in (np.cov(x, rowvar=False).astype(np.float32), np.zeros((300, 300))):
+        np.savez(tmp_path / "s.npz", mu=x.mean(0), sigma=sigma)
+        load_statistics(tmp_path / "s.npz")
 
 
 class Code:

@@ -1,6 +1,7 @@
 """`decode_image`, which defines what every backend must give, and Pillow in worker processes."""
 
 import contextlib
+import importlib
 import io
 import json
 import multiprocessing.connection
@@ -19,15 +20,31 @@ from typing import Any, cast
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
+from bvae.data import kinds
 from bvae.data.decoders import jpeg
 from bvae.data.decoders.interface import Decoder
 from bvae.data.decoders.libraries import pillow_name_and_versions
 from bvae.data.decoders.resize import resize
 from bvae.data.recipe import Decoded, Item, Recipe, Rejected, collect
 from bvae.errors import UserError
+from bvae.files import hold_standard_descriptors
+
+
+def _formats(wanted: dict[str, str]) -> tuple[str, ...]:
+    """Those of these formats that this Pillow knows; their plugins are loaded."""
+    for plugin in wanted.values():
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"PIL.{plugin}ImagePlugin")
+    return tuple(format for format in wanted if format in Image.OPEN)
+
 
 # Whatever its suffix, a file of another format is refused: some of Pillow's decoders start other programs.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
+FORMATS = _formats(
+    {
+        **{"PNG": "Png", "JPEG": "Jpeg", "WEBP": "WebP", "BMP": "Bmp", "PPM": "Ppm", "TIFF": "Tiff", "GIF": "Gif"},
+        **{"AVIF": "Avif", "JPEG2000": "Jpeg2K", "QOI": "Qoi", "DIB": "Bmp", "SGI": "Sgi", "PCX": "Pcx", "TGA": "Tga"},
+    }
+)
 MAX_PIXELS = 2**26  # of one file, 8192 x 8192: a small file can claim to be far larger and fill the memory
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -66,8 +83,7 @@ def decode_image(data: bytes, recipe: Recipe) -> np.ndarray:
     """
     if not data:
         raise Rejected("is empty")
-    # Pillow's plugins raise nearly anything on damaged files (OSError, SyntaxError, struct.error, ...).
-    try:
+    with _rejecting(data):
         header = jpeg.read_header(data)
         if header is not None and header.plain:
             _check_size(header.width, header.height)
@@ -78,16 +94,47 @@ def decode_image(data: bytes, recipe: Recipe) -> np.ndarray:
         if image.mode != mode:
             image = image.convert(mode)
         pixels = resize(image, recipe.shape[:2], recipe.filter, recipe.antialias)
+    return pixels.reshape(recipe.shape)
+
+
+def inspect_image(data: bytes) -> tuple[int, int, str]:
+    """(height, width, mode) of an encoded image, upright, by what it says before its pixels.
+
+    Raises:
+        Rejected: as `decode_image` does, as far as that can be told without decoding.
+    """
+    if not data:
+        raise Rejected("is empty")
+    header = jpeg.read_header(data)
+    if header is not None and header.plain:
+        _check_size(header.width, header.height)
+        return header.height, header.width, "L" if len(header.sampling) == 1 else "RGB"
+    with _rejecting(data), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        _check_size(*image.size)
+        _check_depth(image, data)
+        width, height = image.size
+        if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:
+            width, height = height, width
+        return height, width, image.mode
+
+
+@contextlib.contextmanager
+def _rejecting(data: bytes) -> Iterator[None]:
+    """Turns what Pillow raises on a damaged or foreign file into Rejected. Its plugins raise nearly anything."""
+    try:
+        yield
     except Rejected:
         raise
     except UnidentifiedImageError:
-        raise Rejected(f"is not an image in a format accepted ({', '.join(FORMATS)})") from None
+        found = kinds.image_format(data[: kinds.HEAD])
+        is_here = found[0] if found else kinds.content(data[: kinds.HEAD])
+        hint = f"; it is {is_here}" if is_here else ""
+        raise Rejected(f"is not an image in a format accepted ({', '.join(FORMATS)}){hint}") from None
     except Image.DecompressionBombError:  # Pillow's own limit, which it looks at first, is wider
         raise Rejected(f"has more than the {MAX_PIXELS} pixels accepted") from None
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise Rejected(f"cannot be decoded ({reason[:120]})") from error
-    return pixels.reshape(recipe.shape)
 
 
 def decode_items(items: Sequence[Item], recipe: Recipe) -> Decoded:
@@ -183,6 +230,7 @@ class _Worker:
 
     @classmethod
     def start(cls, recipe: Recipe) -> "_Worker":
+        hold_standard_descriptors()  # the worker's connection must be none of them
         ours, theirs = multiprocessing.Pipe()
         code = (
             "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
@@ -245,7 +293,7 @@ def _decode_crop(data: bytes, header: jpeg.Header | None, recipe: Recipe) -> Ima
             return image.crop(box)
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _check_size(*image.size)
-        _check_depth(image)
+        _check_depth(image, data)
         image.load()  # which turns a TIFF, and only then tells an image's EXIF data for certain
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         turn = TURNS.get(orientation)
@@ -268,9 +316,18 @@ def _check_size(width: int, height: int) -> None:
         raise Rejected(f"is {width}x{height}, more than the {MAX_PIXELS} pixels accepted")
 
 
-def _check_depth(image: Image.Image) -> None:
+def _check_depth(image: Image.Image, data: bytes) -> None:
     """Rejects more than 8 bits a channel: Pillow clips some to 8 and cuts others down, both without a word."""
     deep = image.mode[0] in "IF"
+    if image.format == "SGI":
+        deep |= data[3] > 1  # bytes a channel
+    if image.format == "JPEG2000":  # the sizes of its components follow the codestream's marker
+        start = data.find(b"\xff\x4f\xff\x51")
+        components = int.from_bytes(data[start + 40 : start + 42])
+        deep |= start < 0 or any((size & 0x7F) + 1 > 8 for size in data[start + 42 : start + 42 + 3 * components : 3])
+    if image.format == "AVIF":
+        start = data.find(b"av1C", 0, 2**16)
+        deep |= start < 0 or bool(data[start + 6] & 0x40)  # high_bitdepth
     if image.format in ("PNG", "PPM", "TIFF"):  # what Pillow is about to read, before it makes 8 bits of it
         for tile in cast(ImageFile.ImageFile, image).tile:
             rawmode, *rest = (tile.args,) if isinstance(tile.args, str) else tile.args or ("",)

@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 
 from bvae.data.decoders.pillow import decode_items
 from bvae.data.recipe import Item, Recipe
+from bvae.files import hold_standard_descriptors
 
 
 def main(descriptor: int) -> None:
@@ -37,6 +38,7 @@ def main(descriptor: int) -> None:
 
 def _silence_libraries() -> None:
     """Lets descriptor 2 go nowhere: libtiff writes there what it thinks of a damaged file. Python's stderr stays."""
+    hold_standard_descriptors()
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
