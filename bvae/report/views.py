@@ -4,7 +4,6 @@ All images here are uint8 [..., H, W, C]. Nothing needs the data but reconstruct
 and the search for nearest ones.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from bvae import ops
 from bvae.data import Dataset
+from bvae.metrics.copying import BLOCK_BYTES, nearest_rows, share_closer
 from bvae.metrics.latent import INACTIVE
 from bvae.report import figures
 from bvae.seeds import derive
@@ -39,7 +39,6 @@ MOST_TRAVERSALS = 64
 NEIGHBOURS = 4
 SHOWN_NEIGHBOURS = 12  # samples whose neighbours are shown
 QUERIES = 256  # samples, and test images, of which distances are measured
-BLOCK_BYTES = 64 * 2**20  # of training images as float32 at a time
 
 
 @dataclass(frozen=True)
@@ -103,14 +102,8 @@ def nearest(
 
     q = flat(queries)
     block = block or max(1, BLOCK_BYTES // (4 * q.shape[1]))
-    best = torch.full((len(q), 0), math.inf, device=device)
-    index = torch.zeros((len(q), 0), dtype=torch.int64, device=device)
-    for first in range(0, len(images), block):
-        x = flat(images[first : first + block])
-        distance = torch.addmm(x.square().sum(1).expand(len(q), -1), q, x.T, alpha=-2)
-        places = torch.arange(first, first + len(x), device=device).expand(len(q), -1)
-        merged, chosen = torch.cat([best, distance], 1).topk(min(count, best.shape[1] + len(x)), largest=False)
-        best, index = merged, torch.cat([index, places], 1).gather(1, chosen)
+    blocks = (flat(images[first : first + block]) for first in range(0, len(images), block))
+    index = nearest_rows(q, blocks, count)[1]
     found = index.cpu().numpy()
     exact = np.empty(found.shape)
     for row, (query, places_of_row) in enumerate(zip(queries, found, strict=True)):
@@ -138,16 +131,14 @@ class Memorising:
     closer: float
     """share of samples nearer to `compared` training images than to `compared` test images; a tie counts half"""
     deviation: float
-    """standard deviation of `closer` where train and test images are exchangeable: see `memorising`"""
+    """standard deviation of `closer` where train and test images are exchangeable: see share_closer"""
     compared: int
 
 
 def memorising(samples: np.ndarray, data: Dataset, seed: int = 0, device: torch.device | str = "cpu") -> Memorising:
     """Nearest training images of `samples` [Q,H,W,C], and how near samples and test images come to the training set.
 
-    For a model that copies nothing it is a coin's toss whether the image nearest to a sample, of as many training as
-    test images, was trained on: one toss for each such image, not for each sample, since samples that are alike share
-    theirs. So the deviation of the share is 1/2 sqrt(sum_i c_i^2) / Q, with c_i the samples whose nearest is the i-th.
+    Samples are compared with as many training as test images: see bvae.metrics.copying.share_closer.
     """
     count = min(NEIGHBOURS, len(data.train))
     found = nearest(samples, data.train, count, device)
@@ -158,12 +149,10 @@ def memorising(samples: np.ndarray, data: Dataset, seed: int = 0, device: torch.
         nearest(samples, images[np.sort(rng.permutation(len(images))[:compared])], 1, device)
         for images in (data.train, data.test)
     )
-    difference = (train.distance - test.distance)[:, 0]
-    closer = float((difference < 0).mean() + (difference == 0).mean() / 2)
-    owners = np.where(difference < 0, train.index[:, 0], compared + test.index[:, 0])
-    shares = np.unique(owners, return_counts=True)[1] / len(samples)
-    deviation = 0.5 * math.sqrt((shares**2).sum())
-    return Memorising(samples, data.train[found.index], found, test_distance, closer, deviation, compared)
+    share = share_closer(
+        train.distance[:, 0], train.index[:, 0], test.distance[:, 0], test.index[:, 0], compared, compared
+    )
+    return Memorising(samples, data.train[found.index], found, test_distance, share.closer, share.deviation, compared)
 
 
 def traversals(

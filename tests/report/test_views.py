@@ -85,7 +85,8 @@ def test_copies_of_training_images_are_told_from_new_images():
     data = dataset(images[:300], images[300:])
     copied = memorising(images[:100], data)
     assert copied.closer == 1 and (copied.found.distance[:, 0] == 0).all()
-    assert copied.deviation == pytest.approx(0.05)  # a hundred different images
+    # a hundred different images of six hundred
+    assert copied.deviation**2 == pytest.approx(0.25 * 600 / 599 * (1 / 100 - 1 / 600))
     fresh = memorising(noise(100, seed=5), data)
     assert abs(fresh.closer - 0.5) < 4 * fresh.deviation
 
