@@ -26,6 +26,7 @@ from bvae.report.panels import draw
 from bvae.report.views import Views
 from bvae.run.data import load_data
 from bvae.run.folder import Run
+from bvae.run.priors import check_fit, fit_prior_of
 from bvae.run.trackers import require
 from bvae.seeds import derive
 from bvae.stages.build import Stages, check_data
@@ -170,6 +171,8 @@ def make_trainer(
     data = data.hold_out(config.val, config.data_seed) if config.val else data
     check_data(config, data, world)
     require(config.logger)
+    for name in config.prior:
+        check_fit(name)
     run = Run(folder, network)
     state = run.load_state() if resume else None
     if state is not None:
@@ -193,6 +196,8 @@ def complete(trainer: Trainer) -> Views | None:
         if not trainer.world.first:
             return None
         folder, data = trainer.run_folder.folder, trainer.stages.data
+        for name in trainer.config.prior:
+            trainer.log.note(f"prior {name}: {fit_prior_of(folder, trainer.model, data, name, trainer.config.seed)}")
         return draw(folder, trainer.model, data, results, trainer.log, trainer.finished_epochs)
 
 

@@ -5,29 +5,27 @@ FIDs of reconstructions and of both stages' samples. The figures of a run on its
 """
 
 import argparse
-import contextlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from bvae.batches.resident import to_device
+from bvae.batches.resident import chunks, to_device
 from bvae.errors import UserError, run_command
 from bvae.files import encode_json, write_atomically
 from bvae.machine import pick_device
 from bvae.metrics.cache import Cache, default_folder
 from bvae.metrics.extract import Extractor
 from bvae.metrics.fid_scores import NUM, FIDScorer
-from bvae.metrics.fid_scores import Progress as Follow
+from bvae.metrics.likelihood import active_units, importance_likelihood
 from bvae.metrics.protocols import DEFAULT, PROTOCOLS
 from bvae.metrics.scores import encode_images, score_images, score_latents
 from bvae.metrics.weights import HELP, find_weights, load_inception
+from bvae.models.posterior import Posterior
 from bvae.run.data import load_data
-from bvae.run.folder import load
+from bvae.run.display import following
+from bvae.run.folder import Run, load
+from bvae.run.priors import check_name, sample_latents
 from bvae.two_stage import TwoStageVAE, read_run
 
 RESULTS = "results.json"
@@ -41,6 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--nll", type=int, metavar="K", help="also the test NLL by importance sampling with K samples")
     group = parser.add_argument_group("FID")
     group.add_argument("--inception", help="the network's weights, or `download`")
     group.add_argument("--no-fid", action="store_true", help="leave the FIDs out")
@@ -49,10 +48,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--fid-num", type=int, default=NUM, help="generated images, and at most so many of the test set")
     group.add_argument("--rec", choices=("both", "sampled", "mean"), default="both", help="how latents are decoded")
     group.add_argument("--contrast", action="store_true", help="restore the contrast of reconstructions before REC")
+    group.add_argument("--prior", help="also FIDs of samples of these priors: names with commas between")
     group.add_argument("--allow-few", action="store_true", help="measure fewer than 2048 images too, and label it")
     group.add_argument("--batch-size", type=int, help="images through the Inception at a time")
     args = parser.parse_args(argv)
-    for name in ("num", "fid_num", "batch_size"):
+    for name in ("num", "fid_num", "batch_size", "nll"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     return args
@@ -62,6 +62,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     model = load(args.run, checkpoint=args.checkpoint, device=pick_device(args.device))
     c = model.config
+    priors = args.prior.split(",") if args.prior else []
+    for name in priors:
+        check_name(name)
+        sample_latents(args.run, model, name, 1, 0)  # is there one, of these weights?
     # Before anything takes time: whether there are weights, and that they are the right ones.
     weights = None if args.no_fid else find_weights(args.inception)
     if weights is None and not args.no_fid:
@@ -81,17 +85,40 @@ def main(argv: list[str] | None = None) -> None:
     figures["stage1"] = score_images(model.stage1, images, c.seed).figures
     if model.stage2 is not None:
         figures["stage2"] = score_latents(model.stage2, encode_images(model.stage1, images), c.seed).figures
+    mu, log_sigma = encode_images(model.stage1, images)
+    figures["active_units"] = active_units(mu)
+    if args.nll:
+        likelihood = importance_likelihood(
+            model.decode,
+            Posterior(mu, log_sigma),
+            (target for _, target in chunks(images)),
+            _gamma2(args.run),
+            samples=args.nll,
+            seed=c.seed,
+        )
+        figures["likelihood"] = likelihood.figures()
     if extractor is not None:
         with following() as follow:
             scorer = FIDScorer(
                 extractor, images, args.fid_num, args.allow_few, Cache(default_folder()), progress=follow
             )
             figures["fid"] = {args.protocol: fid_figures(model, scorer, args.rec, args.contrast)}
+            for name in priors:
+                z = sample_latents(args.run, model, name, args.fid_num, c.seed)
+                figures["fid"][args.protocol][f"gen_{name}"] = scorer.of_latents(model, z, f"GEN, {name}")
     print(encode_json(figures, indent=2))
     if args.json:
         write_atomically(args.json, encode_json(figures, indent=2).encode())
     if own and args.checkpoint == "last":
         extend_results(args.run / RESULTS, figures, whole=len(images) == len(data.test))
+
+
+def _gamma2(folder: Path) -> float:
+    """The decoder's variance, of a run's results."""
+    try:
+        return float(Run(folder).results["stage1"]["gamma2"])
+    except (KeyError, TypeError):
+        raise UserError(f"--nll: {folder} has no results.json with stage 1's gamma2: the likelihood needs it") from None
 
 
 def fid_figures(model: TwoStageVAE, scorer: FIDScorer, rec: str, contrast: bool) -> dict[str, Any]:
@@ -131,21 +158,6 @@ def extend_results(path: Path, figures: dict[str, Any], whole: bool) -> None:
         same = all(there.get(name) == found[name] for name in ("n", "n_reference", "precision", "weights"))
         results["fid"][protocol] = (there if same else {}) | found
     write_atomically(path, encode_json(results, indent=2).encode())
-
-
-@contextlib.contextmanager
-def following() -> Iterator[Follow]:
-    """A progress display on stderr."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        tasks: dict[str, Any] = {}
-
-        def follow(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
-            progress.update(tasks[what], completed=done)
-
-        yield follow
 
 
 if __name__ == "__main__":

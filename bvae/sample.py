@@ -11,6 +11,7 @@ from bvae.files import write_atomically
 from bvae.machine import pick_device
 from bvae.report import figures
 from bvae.run.folder import load
+from bvae.run.priors import check_name, sample_latents
 from bvae.two_stage import to_uint8
 
 MOST = 1_000_000  # images of one call: they are held in memory
@@ -26,7 +27,10 @@ def positive(text: str) -> int:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bvae.sample", description=__doc__)
     parser.add_argument("run", type=Path, help="a run's folder, or one that save_pretrained wrote")
-    parser.add_argument("--stage", type=int, choices=(1, 2), default=2, help="1: z from N(0,I); 2: z from stage 2")
+    parser.add_argument("--stage", type=int, choices=(1, 2), help="1: z from N(0,I); 2: z from stage 2 (the default)")
+    parser.add_argument(
+        "--prior", help="draw z from this prior: normal, second-stage, or one that bvae.prior has fitted"
+    )
     parser.add_argument("--num", type=positive, default=100, help="number of images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--columns", type=positive, default=10, help="of the grid")
@@ -38,17 +42,26 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.out.suffix not in (".png", ".npz"):
         raise UserError(f"--out {args.out}: must end in .png or .npz")
+    if args.prior is not None:
+        if args.stage is not None:
+            raise UserError("--stage and --prior contradict each other: both say where z comes from")
+        check_name(args.prior)
     model = load(args.run, checkpoint=args.checkpoint, device=pick_device(args.device))
     if args.num > MOST:
         raise UserError(f"--num {args.num}: at most {MOST} at a time; another --seed draws others")
-    images = to_uint8(model.sample(args.num, args.stage, args.seed))
+    if args.prior is None:
+        stage = args.stage or 2
+        images, origin = to_uint8(model.sample(args.num, stage, args.seed)), f"stage {stage}"
+    else:
+        z = sample_latents(args.run, model, args.prior, args.num, args.seed)
+        images, origin = to_uint8(model.decode(z)), f"the prior {args.prior}"
     if args.out.suffix == ".png":
         figures.save_png(args.out, figures.image_grid(images, args.columns))
     else:
         data = io.BytesIO()
         np.savez_compressed(data, images=images)
         write_atomically(args.out, data.getvalue())
-    print(f"{args.num} images of stage {args.stage}: {args.out}")
+    print(f"{args.num} images of {origin}: {args.out}")
 
 
 if __name__ == "__main__":

@@ -112,6 +112,8 @@ class BalanceSettings:
     """l2 * sum(w^2) over the kernels of `l2_on` is added to stage 1's loss."""
     l2_on: tuple[L2Group, ...] = ()
     """Convolution kernels that l2 acts on."""
+    prior: tuple[str, ...] = _free(default=())
+    """Priors to fit to stage 1's codes at the end, for `bvae.sample --prior` (docs/priors.md)."""
     rescale: bool = False
     """Rescale generated latents where the second stage loses variance (the paper's last step on CelebA)."""
 

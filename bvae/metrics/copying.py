@@ -30,7 +30,7 @@ class Copying(NamedTuple):
     deviation: float
     """see Share"""
     distance: float
-    """median distance of a sample to the nearest fitted code, over that of a held-out code: far below 1 for exact copies"""
+    """median distance of a sample to the nearest fitted code over that of a held-out code: far below 1 for copies"""
 
 
 def nearest_rows(queries: Tensor, blocks: Iterable[Tensor], count: int = 1) -> tuple[Tensor, Tensor]:

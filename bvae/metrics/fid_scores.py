@@ -111,7 +111,11 @@ class FIDScorer:
     def generated(self, model: TwoStageVAE, stage: int, seed: int, rescale: bool | None = None) -> float:
         """GEN-1 or GEN-2; `rescale` overrides the recipe's choice of rescaling the latents."""
         z = model.sample_latents(self.num, stage, seed, rescale)
-        return self._score(f"GEN-{stage}" + " (rescaled)" * bool(rescale), self._decoded(model, z), self.num)
+        return self.of_latents(model, z, f"GEN-{stage}" + " (rescaled)" * bool(rescale))
+
+    def of_latents(self, model: TwoStageVAE, z: Tensor, what: str) -> float:
+        """FID of the images that latents z [n,k] decode to; `what` names them in the progress."""
+        return self._score(what, self._decoded(model, z), len(z))
 
     def curve(self, model: TwoStageVAE, stage: int, seed: int) -> dict[str, Any]:
         """What an epoch of that stage adds to its line in metrics.jsonl. Latents are not rescaled."""

@@ -182,7 +182,10 @@ def fid_table(runs: Sequence[RunContent]) -> FidTable:
         for protocol, score in (run.results.get("fid") or {}).items():
             if isinstance(score, Mapping):
                 scored.append((run.name, protocol, score))
-    parts = [(key, label) for key, label in FID_PARTS if any(score.get(key) is not None for _, _, score in scored)]
+    known = dict(FID_PARTS)
+    of_priors = sorted({key for _, _, score in scored for key in score if key.startswith("gen_")})
+    labels = known | {key: f"GEN, {key.removeprefix('gen_')}" for key in of_priors}
+    parts = [(key, label) for key, label in labels.items() if any(score.get(key) is not None for _, _, score in scored)]
     rows = []
     for name, protocol, score in scored:
         count = f"{number(score.get('n'), ',d')} against {number(score.get('n_reference'), ',d')}"

@@ -2,7 +2,8 @@
 
 import importlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -158,3 +159,18 @@ class Display:
                 self._bar.numbers = numbers.strip()
                 self._bar.update(self._task, completed=self._done, epoch=self._current_epoch())
                 self._bar.refresh()
+
+
+@contextmanager
+def following() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress display on stderr: the yielded function takes (name, done, total)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        tasks: dict[str, Any] = {}
+
+        def follow(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done)
+
+        yield follow

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bvae.errors import UserError
-from bvae.models.priors import NAMES, find_prior
+from bvae.models.priors import find_prior, names
 from bvae.models.priors.base import Prior
 from bvae.run.checkpoint import digest, load_checkpoint, save_checkpoint
 
@@ -71,7 +71,7 @@ def load_prior(path: Path, stage1: str, device: torch.device | str = "cpu") -> S
         if not isinstance(description.get(key), kind):
             raise UserError(f"{path}: not a prior of bvae (its {key} is {description.get(key)!r})")
     name, latents = description["prior"], description["latents"]
-    if name not in NAMES or not find_prior(name).fitted:
+    if name not in names() or not find_prior(name).fitted:
         raise UserError(f"{path}: a prior {name!r}, which this version of bvae does not know")
     if description["stage1"] != stage1:
         raise UserError(
