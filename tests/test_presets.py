@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from bvae.config import Config
+from bvae.config import PRESETS, Config
 from bvae.config.recipes import RECIPES
 
 DAI_WIPF = {"batch": 64, "latents": 64, "hidden": 1024, "lr": 1e-4, "lr2": 1e-4, "balance": "learned"}
@@ -56,3 +56,11 @@ def test_ghosh_and_others_recipes(preset, side, channels, latents, epochs, lr, l
     assert options["latent_l2"] == pytest.approx(latent)
     assert options["decoder_l2"] == pytest.approx(decoder)
     assert options.get("rae_variant", "cifar10") == ("celeba" if preset == "celeba-rae" else "cifar10")
+
+
+def test_recipes_without_a_family_are_presets():
+    assert {name for name, recipe in RECIPES.items() if "family" not in recipe} == set(RECIPES) & set(PRESETS)
+    for name in set(RECIPES) & set(PRESETS):
+        config = PRESETS[name]
+        assert config.preset == name
+        assert {key: getattr(config, key) for key in RECIPES[name]} == RECIPES[name]

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bvae.balance import make_loss
+from bvae.engine.step import Step
 from bvae.errors import UserError
 from bvae.models.half import Copies, halved_weights
 from bvae.models.infogan import infogan
@@ -17,6 +19,8 @@ from bvae.models.norm import BatchNorm2d, batch_norms, recompute_statistics
 from bvae.models.rae import rae
 from bvae.models.vae import VAE, count_parameters
 from bvae.models.wae import wae
+from bvae.ops import make_rng
+from bvae.stages.objective import Noise, VAEObjective
 
 NETWORKS = {
     "infogan": infogan,
@@ -353,6 +357,27 @@ def test_restored_buffers_undo_a_batch_with_nan(name, monkeypatch):
         assert torch.equal(a, b), n
         assert a.isfinite().all(), n
         assert not torch.equal(a, kept[n]) or n in cancelled(model), n
+
+
+@pytest.mark.parametrize("name", ["infogan", "rae spectral"])
+@pytest.mark.parametrize("amp", [False, True])
+def test_steps_with_penalised_spectral_kernels_and_a_batch_with_nan(name, amp, monkeypatch):
+    model = made(name, monkeypatch)
+    penalised = [m for m in model.modules() if isinstance(m, SpectralConv | SpectralDense)]
+    objective = VAEObjective(make_loss("computed"), amp, 1e-3, penalised)
+    step = Step(model, objective, Noise(make_rng(0)), 5, amp)
+    step.set_lr(1e-4)
+    target = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
+    x = target.float() / 255
+    first = {n: t.clone() for n, t in model.state_dict().items()}
+    step(x, target)
+    step(x, target)
+    second = {n: t.clone() for n, t in model.state_dict().items()}
+    for n in first.keys() - cancelled(model):
+        assert not torch.equal(first[n], second[n]), n
+    step(torch.full_like(x, math.nan), target)
+    assert step.sums.counts.tolist() == [2, 1]
+    assert all(torch.equal(t, second[n]) for n, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["infogan", "rae spectral"])
