@@ -15,8 +15,8 @@ from PIL import Image
 
 from bvae.files import exists
 from bvae.machine import versions
-from bvae.report_charts import DASHES, Chart, log_axis, short
-from bvae.report_page import Picture, encoded_picture, inline_json, own_file, plotly, policy
+from bvae.report.charts import DASHES, Chart, log_axis, short
+from bvae.report.page import Picture, encoded_picture, inline_json, own_file, plotly, policy
 from bvae.studies import table
 from bvae.studies.cells import Scope, samples_picture
 from bvae.studies.kept import CURVES, Curve, band, curves

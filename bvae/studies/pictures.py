@@ -10,13 +10,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bvae import figures
 from bvae.data.archive import open_source
 from bvae.data.decoders.pillow import decode_items
 from bvae.data.recipe import FILTERS, Recipe
 from bvae.errors import UserError
 from bvae.files import encode_json, exists, write_atomically
 from bvae.metrics.latent import INACTIVE
+from bvae.report import figures
 from bvae.studies.cells import Scope, read_json
 from bvae.studies.kept import band, curves, kept_file
 from bvae.studies.plan import Cell

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bvae.datasource import load_data
 from bvae.errors import UserError, run_command
 from bvae.files import encode_json, write_atomically
 from bvae.machine import pick_device
@@ -20,6 +19,7 @@ from bvae.metrics.prdc import NEIGHBOURS, prdc
 from bvae.metrics.protocols import PROTOCOLS
 from bvae.metrics.statistics import Statistics, fid
 from bvae.metrics.weights import HELP, find_weights, load_inception
+from bvae.run.data import load_data
 from bvae.sample import main as sample
 from bvae.studies.cells import quality_file, read_json
 from bvae.studies.plan import Options

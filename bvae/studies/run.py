@@ -139,9 +139,9 @@ class Runner:
             self._free.append(running.place)
             self._finish(cell, running.failed)
             return
-        running.step, running.since = step, time.monotonic()
-        if len(self._free) + len(self._running) > 1 or step.training:
+        if running.step is None or running.step.what != step.what:
             self.display.say(f"{cell.name}: {step.what} on {running.place.name}")
+        running.step, running.since = step, time.monotonic()
         log = self.scope.options.out / LOGS / f"{cell.name}.log"
         running.child = Child(step.command, log, running.place, self.inherited)
 

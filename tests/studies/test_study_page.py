@@ -60,7 +60,7 @@ def test_the_page_is_complete_in_itself_and_drawn_from_what_is_kept(tmp_path: Pa
     written(tmp_path / "s", seeds=3)
     assert (tmp_path / "s" / "report.html").read_text() == page
     markup = page[: page.index("<script>")]  # the scripts that follow are those of a run's report
-    assert "http://" not in markup and "https://" not in markup and "default-src 'none'" in markup
+    assert "http://" not in markup and "https://" not in markup and "default-src &#39;none&#39;" in markup
     charts = json.loads(page.split('id="charts">')[1].split("</script>")[0])
     mse = charts[0]["traces"]
     assert mse[1]["y"] == ["computed", "learned", "fixed"]
