@@ -107,8 +107,7 @@ RAE = Study(
 AT_COMPUTED = {**FIXED, "beta": FromRow("computed", "gamma2")}
 
 _OTHERS = tuple(
-    Row(name=name, settings={"balance": name}, against="computed")
-    for name in ("optimal", "annealed", "free-bits", "capacity", "controlvae")
+    Row(name=name, settings={"balance": name}, against="computed") for name in ("optimal", "annealed", "free-bits")
 )
 
 
@@ -120,10 +119,13 @@ def balance_rows(**common: object) -> tuple[Row, ...]:
         Row(name="fixed at computed's gamma2", settings=AT_COMPUTED, against="computed"),
         Row(name="fixed gamma 1", settings={**FIXED, "gamma": 1.0}, against="computed"),
         *_OTHERS,
-        Row(
-            name="geco",
-            settings={"balance": "geco", "geco_target": FromRow("computed", "gamma2")},
-            against="computed",
+        *(
+            Row(name=name, settings={"balance": name, target: FromRow("computed", metric)}, against="computed")
+            for name, target, metric in (
+                ("geco", "geco_target", "gamma2"),
+                ("capacity", "capacity_kl", "kl"),
+                ("controlvae", "controlvae_kl", "kl"),
+            )
         ),
     )
     return tuple(_with(row, common) for row in rows)
@@ -150,8 +152,9 @@ BALANCES = Study(
     title="Every balance on one data set",
     about="kl_weight is 1 in all rows. `fixed` at the final gamma2 of the computed run of the same seed shows whether "
     "following the error matters or only where it ends; the five betas are a sweep as a user would make it: computed "
-    "should equal the best of them without having searched. geco's target is the error of the computed run; the other "
-    "rules have their defaults. Another data set: --data and --set preset=NAME.",
+    "should equal the best of them without having searched. geco's target is the error of the computed run, "
+    "that of capacity and controlvae its KL; other settings have their defaults. Another data set: --data and --set "
+    "preset=NAME.",
     rows=(
         *balance_rows(),
         *(
@@ -168,7 +171,7 @@ EX_POST = ("gaussian", "gmm", "flow-matching")
 
 
 def _prior_row(name: str, metric: str, run: str, seeds: int | None = None, quality: bool = True) -> Row:
-    read = {"fid": metric, **({q: f"{name}/{q}" for q in QUALITY} if quality else {})}
+    read = {"fid": metric, metric: metric, **({q: f"{name}/{q}" for q in QUALITY} if quality else {})}
     return Row(name=name, run=run, read=read, seeds=seeds, against="" if name == "normal" else "normal")
 
 
@@ -182,7 +185,7 @@ PRIORS = Study(
         Row(
             name="reconstructions",
             priors=dict.fromkeys(EX_POST),
-            quality=("normal", "second-stage", *EX_POST, "floor"),
+            quality=dict.fromkeys(("normal", "second-stage", *EX_POST, "floor")),
             read={"fid": "rec"},
         ),
         _prior_row("normal", "gen1", "reconstructions"),

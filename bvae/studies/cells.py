@@ -59,14 +59,11 @@ class Scope:
         """The FIDs of a row with runs of its own that are measured on this seed, priors aside."""
         if self.options.inception is None:
             return []
-        return [name for name, seeds in row.fids.items() if (seeds is None or seed < seeds) and self._has(row, name)]
+        return [name for name in of_seed(row.fids, seed) if self._has(row, name)]
 
     def _has(self, row: Row, name: str) -> bool:
         """Whether the row's run has what this FID, or the quality of this prior, is measured on."""
         return bool(self.plan.owner(row).config.get("epochs2")) or not name.startswith(("gen2", "second-stage"))
-
-    def priors(self, row: Row, seed: int) -> list[str]:
-        return [name for name, seeds in row.priors.items() if seeds is None or seed < seeds]
 
     def wanted(self, row: Row, seed: int) -> list[str]:
         """Metrics without which this row's value under a seed is not complete."""
@@ -77,7 +74,7 @@ class Scope:
             return [*own, *row.read]
         if row.at < 1:
             return ["mse_sampled"]
-        priors = self.priors(row, seed) if self.options.inception is not None else []
+        priors = of_seed(row.priors, seed) if self.options.inception is not None else []
         return ["mse_sampled", *self.parts(row, seed), *(f"gen_{name}" for name in priors)]
 
     # ---- the next step ----------------------------------------------------------------------------------------
@@ -120,9 +117,11 @@ class Scope:
         planned, folder, o = self.row(cell), self.folder(cell), self.options
         row, steps = planned.row, []
         device = ("--device", o.device)
-        for name in self.priors(row, cell.seed):
+        for name in of_seed(row.priors, cell.seed):
             if not exists(folder / "priors" / f"{name}.safetensors"):
-                steps.append(Step(f"prior {name}", _module("bvae.prior", str(folder), name, *device)))
+                steps.append(
+                    Step(f"prior {name}", _module("bvae.prior", str(folder), name, "--seed", str(cell.seed), *device))
+                )
         steps += self._samples(cell, folder)
         if o.inception is None:
             return steps
@@ -133,11 +132,12 @@ class Scope:
         if missing:
             command = _module("bvae.evaluate", str(folder), *scoring, *images, "--only", *missing)
             steps.append(Step("FIDs", command))
-        for name in self.priors(row, cell.seed):
+        for name in of_seed(row.priors, cell.seed):
             if f"gen_{name}" not in there:
                 prior = ("--prior", name, "--only", f"gen_{name}")
                 steps.append(Step(f"FID of {name}", _module("bvae.evaluate", str(folder), *scoring, *images, *prior)))
-        quality = [n for n in row.quality if self._has(row, n) and n not in read_quality(folder, o)]
+        kept = read_quality(folder, o)
+        quality = [n for n in of_seed(row.quality, cell.seed) if self._has(row, n) and n not in kept]
         if quality:
             command = _module("bvae.studies.quality", str(folder), *quality, *scoring, "--num", str(o.fid_num))
             steps.append(Step("precision and recall", command))
@@ -171,7 +171,8 @@ class Scope:
         found: dict[str, Figures] = {}
         for row in self.plan.readers(cell):
             own: Figures = final if row.at == 1 else _at(folder, row.at, planned.config)
-            found[row.name] = {**own, **{name: own.get(source) for name, source in row.read.items()}}
+            read = {name: own.get(source) for name, source in row.read.items()}
+            found[row.name] = read if row.run and read else {**own, **read}
         return found
 
     def findings(self, cell: Cell, values: Mapping[str, Mapping[str, Any]]) -> dict[str, float] | None:
@@ -188,6 +189,11 @@ class Scope:
                     return None
                 found[name] = source.factor * value
         return found
+
+
+def of_seed(names: Mapping[str, int | None], seed: int) -> list[str]:
+    """The names that count for this seed; each has its number of seeds, None for all."""
+    return [name for name, seeds in names.items() if seeds is None or seed < seeds]
 
 
 def _module(name: str, *rest: str) -> tuple[str, ...]:

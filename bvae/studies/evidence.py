@@ -12,6 +12,7 @@ COLUMNS = (
     "gen1",
     "gen2",
     *(f"gen_{name}" for name in EX_POST),
+    "fid",
     "variance_law",
     "inactive",
     "gamma2",
@@ -31,6 +32,7 @@ FASHION = Study(
             settings={"balance": "computed"},
             fids=GEN2_OF_ALL,
             priors=dict.fromkeys(EX_POST, 3),
+            quality={"floor": 1},
             against="learned",
         ),
         Row(
@@ -47,6 +49,7 @@ FASHION = Study(
             seeds=1,
             published=dai_wipf("fixed", "fashion"),
         ),
+        Row(name="real training images", run="computed", read={"fid": "floor/fid"}, seeds=1),
     ),
     columns=COLUMNS,
     settings={"preset": "fashion-short"},

@@ -50,13 +50,14 @@ class Row:
     at: float = 1.0
     """the share of either stage's epochs after which it is read; 1: the final figures"""
     read: Mapping[str, str] = field(default_factory=dict)
-    """its metric -> the run's metric, where they differ"""
+    """its metric -> the run's metric; a row that reads another's runs then has these figures alone"""
     fids: Mapping[str, int | None] = field(default_factory=lambda: dict.fromkeys(FIDS))
     """FID -> the number of seeds it is measured on (None: all); of a row with runs of its own"""
     priors: Mapping[str, int | None] = field(default_factory=dict)
     """prior -> the number of seeds it is fitted and scored on (None: all); of a row with runs of its own"""
-    quality: tuple[str, ...] = ()
-    """priors whose precision, recall, density and coverage are measured, `floor` for real training images"""
+    quality: Mapping[str, int | None] = field(default_factory=dict)
+    """prior whose precision, recall, density and coverage are measured, `floor` for real training images -> the number
+    of seeds (None: all); of a row with runs of its own"""
     moments: int = 0
     """points within the first epoch at which the latents' variances are read"""
     seeds: int | None = None

@@ -89,7 +89,9 @@ def _added() -> tuple[Row, ...]:
         settings |= more
         fids = dict.fromkeys(("rec", "gen1", "gen2", *(("gen2_rescaled",) if name == "+ l2" else ())))
         rows.append(Row(name=name, settings=dict(settings), fids=fids, against=rows[-1].name))
-    return (*rows, Row(name="+ rescale", run="+ l2", read={"gen2": "gen2_rescaled"}, against="+ l2"))
+    # GEN-1 is rescaled too, and not measured so.
+    rescaled = {**{name: name for name in SCORES if name != "gen1"}, "gen2": "gen2_rescaled"}
+    return (*rows, Row(name="+ rescale", run="+ l2", read=rescaled, against="+ l2"))
 
 
 TABLE4 = Study(

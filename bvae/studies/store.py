@@ -178,9 +178,9 @@ class Store:
                 own += [None] * (len(found["values"]) - len(own))
                 for seed, value in enumerate(found["values"]):
                     own[seed] = value if own[seed] is None else own[seed]
-            for seed, reason in row.get("failed", {}).items():
-                if (name, int(seed)) not in mine:
-                    self.failed[name].setdefault(int(seed), reason)
+            # Of cells that are others' to run, what they have last written holds.
+            theirs = {int(s): reason for s, reason in row.get("failed", {}).items() if (name, int(s)) not in mine}
+            self.failed[name] = {s: r for s, r in self.failed[name].items() if (name, s) in mine} | theirs
             if row.get("data"):
                 self.about[name].setdefault("data", row["data"])
         environment = there.get("environment", {})

@@ -14,7 +14,9 @@ from fakes import faked as faked
 
 from bvae.errors import Interrupted, UserError
 from bvae.studies.beyond import PRIORS
-from bvae.studies.cells import next_point, read_first_epoch
+from bvae.studies.cells import Scope, next_point, read_first_epoch
+from bvae.studies.plan import make_plan
+from bvae.studies.store import Store
 
 pytestmark = pytest.mark.usefixtures("faked")
 forked = multiprocessing.get_context("fork")
@@ -122,6 +124,21 @@ def test_parts_do_each_cell_once_and_merge(tmp_path: Path, calls: Path) -> None:
         run_study(options(tmp_path / "s", part=part, inception=None))
     assert sum(line.startswith("bvae.train") for line in lines(calls)) == 6
     assert (tmp_path / "s" / "study.json").read_bytes() == (tmp_path / "whole" / "study.json").read_bytes()
+
+
+def test_a_failure_that_another_part_has_mended_is_not_written_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [options(tmp_path / "s", seeds=1, part=(i, 2), inception=None) for i in (1, 2)]
+    plans = [make_plan(STUDY, o) for o in parts]
+    learned = next(i for i, plan in enumerate(plans) if any(c.row == "learned" for c in plan.cells_of_part()))
+    monkeypatch.setenv("FAKE_FAIL", "learned")
+    run_study(parts[learned])
+    other = Store(Scope(plans[1 - learned]), "command")
+    assert other.failed["learned"]
+    monkeypatch.delenv("FAKE_FAIL")
+    run_study(parts[learned])
+    assert other.save()["rows"][1]["failed"] == {}
 
 
 def test_parts_run_at_the_same_time_and_a_whole_one_is_refused_meanwhile(
