@@ -132,6 +132,28 @@ def test_data_sets_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert plan.rows["celeba: computed"].problem == "its images are not given: --data celeba=PATH"
 
 
+def test_the_commands_of_a_cell_are_what_their_programs_take(tmp_path: Path) -> None:
+    """By the real parsers: a cell's training, alone and gone on with, and its scores."""
+    from bvae import evaluate, train
+    from bvae.studies.cells import Scope
+
+    o = options(tmp_path, data=("shapes",), scale=0.01, sets=("amp=false",))
+    scope = Scope(make_plan(STUDIES["table1"], o))
+    (cell, _) = scope.plan.cells()
+    step = scope.next_step(cell, {})
+    assert step is not None and step.command[1:3] == ("-m", "bvae.train")
+    config, arguments = train.parse(list(step.command[3:]))
+    assert (config.epochs, config.fid_every, config.inception, config.seed) == (7, 1, "weights", 0)
+    assert arguments.out == tmp_path / "runs" / "all-epochs-s0" and config.compile is False and not config.amp
+    (tmp_path / "runs" / "all-epochs-s0").mkdir(parents=True)
+    (tmp_path / "runs" / "all-epochs-s0" / "results.json").write_text('{"stage1": {}, "stage2": {}}')
+    step = scope.next_step(cell, {})
+    assert step is not None and step.what == "FIDs"
+    args = evaluate.parse(list(step.command[3:]))
+    assert (args.only, args.fid_num, args.precision, args.allow_few) == (["rec", "gen1", "gen2"], 10_000, "fp32", True)
+    assert scope.next_step(cell, {}, skip=["FIDs"]) is None
+
+
 def test_bvae_train_is_asked_what_it_takes() -> None:
     """The real parser: the settings of a row are the configuration that a run of it has."""
     from bvae.studies.plan import RefusedSetting, resolve
