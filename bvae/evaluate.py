@@ -7,6 +7,7 @@ FIDs of reconstructions and of both stages' samples. The figures of a run on its
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from bvae.run.priors import check_name, sample_latents
 from bvae.two_stage import TwoStageVAE, read_run
 
 RESULTS = "results.json"
+PARTS = ("rec", "rec_mean", "gen1", "gen2", "gen2_rescaled")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -46,6 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--protocol", choices=PROTOCOLS, default=DEFAULT)
     group.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the Inception network")
     group.add_argument("--fid-num", type=int, default=NUM, help="generated images, and at most so many of the test set")
+    group.add_argument("--only", nargs="+", choices=PARTS, help="measure these alone, as results.json names them")
     group.add_argument("--rec", choices=("both", "sampled", "mean"), default="both", help="how latents are decoded")
     group.add_argument("--contrast", action="store_true", help="restore the contrast of reconstructions before REC")
     group.add_argument("--prior", help="also FIDs of samples of these priors: names with commas between")
@@ -102,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
             scorer = FIDScorer(
                 extractor, images, args.fid_num, args.allow_few, Cache(default_folder()), progress=follow
             )
-            figures["fid"] = {args.protocol: fid_figures(model, scorer, args.rec, args.contrast)}
+            figures["fid"] = {args.protocol: fid_figures(model, scorer, args.only or parts(args.rec), args.contrast)}
             for name in priors:
                 z = sample_latents(args.run, model, name, args.fid_num, c.seed)
                 figures["fid"][args.protocol][f"gen_{name}"] = scorer.of_latents(model, z, f"GEN, {name}")
@@ -121,18 +124,24 @@ def _gamma2(folder: Path) -> float:
         raise UserError(f"--nll: {folder} has no results.json with stage 1's gamma2: the likelihood needs it") from None
 
 
-def fid_figures(model: TwoStageVAE, scorer: FIDScorer, rec: str, contrast: bool) -> dict[str, Any]:
-    """REC, GEN-1 and GEN-2 of a model; None where it has no second stage."""
+def parts(rec: str) -> list[str]:
+    """All FIDs, those of reconstructions as --rec says."""
+    left_out = {"both": "", "sampled": "rec_mean", "mean": "rec"}[rec]
+    return [name for name in PARTS if name != left_out]
+
+
+def fid_figures(model: TwoStageVAE, scorer: FIDScorer, names: Sequence[str], contrast: bool) -> dict[str, Any]:
+    """The FIDs in `names`, of PARTS; None for GEN-2 of a model without a second stage."""
     seed = model.config.seed
     found: dict[str, Any] = scorer.about()
-    for name, sample in (("rec", True), ("rec_mean", False)):
-        if rec in ("both", "sampled" if sample else "mean"):
-            found[name + "_contrast" * contrast] = scorer.reconstructed(model, seed, sample, contrast)
-    found["gen1"] = scorer.generated(model, 1, seed, rescale=False)
-    found["gen2"] = found["gen2_rescaled"] = None
-    if model.stage2 is not None:
-        found["gen2"] = scorer.generated(model, 2, seed, rescale=False)
-        found["gen2_rescaled"] = scorer.generated(model, 2, seed, rescale=True)
+    for name in names:
+        if name.startswith("rec"):
+            found[name + "_contrast" * contrast] = scorer.reconstructed(model, seed, name == "rec", contrast)
+        elif name == "gen1":
+            found[name] = scorer.generated(model, 1, seed, rescale=False)
+        else:
+            rescaled = name == "gen2_rescaled"
+            found[name] = None if model.stage2 is None else scorer.generated(model, 2, seed, rescale=rescaled)
     return found
 
 

@@ -113,10 +113,11 @@ def _picture(pixels: np.ndarray, grid_of: Callable[[np.ndarray], np.ndarray], al
     """`grid_of(pixels)` with the white between its images made transparent, so that it fits a dark page too."""
     grid = grid_of(pixels)
     gaps = grid_of(np.zeros_like(pixels))[..., :1]
-    return _encoded(np.concatenate([grid, 255 - gaps], axis=2), alt)
+    return encoded_picture(np.concatenate([grid, 255 - gaps], axis=2), alt)
 
 
-def _encoded(rgba: np.ndarray, alt: str) -> Picture:
+def encoded_picture(rgba: np.ndarray, alt: str) -> Picture:
+    """Pixels uint8 [h,w,4] as a PNG inside the page."""
     png = io.BytesIO()
     Image.fromarray(rgba, "RGBA").save(png, "png", optimize=True)
     uri = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
@@ -379,11 +380,12 @@ def plotly() -> str:
     return files("plotly").joinpath("package_data/plotly.min.js").read_text("utf-8")
 
 
-def _own(name: str) -> str:
+def own_file(name: str) -> str:
+    """A file of the page, such as page.css."""
     return files("bvae.report").joinpath(name).read_text("utf-8")
 
 
-def _inline_json(values: Any) -> Markup:
+def inline_json(values: Any) -> Markup:
     """JSON that may stand inside a script element: no `<` can end it there."""
     text = encode_json(values)
     return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
@@ -391,6 +393,13 @@ def _inline_json(values: Any) -> Markup:
 
 def _digest(script: str) -> str:
     return "'sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() + "'"
+
+
+def policy(scripts: Sequence[str]) -> str:
+    """The page's content security policy: no request, and no script but these."""
+    return "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src " + " ".join(
+        map(_digest, scripts)
+    )
 
 
 def render(runs: Sequence[RunContent], version: str) -> str:
@@ -405,11 +414,11 @@ def render(runs: Sequence[RunContent], version: str) -> str:
         return len(charts) - 1
 
     def charts_as_json() -> Markup:
-        return _inline_json([{"traces": c.traces, "colors": c.colors, "layout": c.layout} for c in charts])
+        return inline_json([{"traces": c.traces, "colors": c.colors, "layout": c.layout} for c in charts])
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    scripts = [plotly(), _own("page.js")]
-    return environment.from_string(_own("page.html")).render(
+    scripts = [plotly(), own_file("page.js")]
+    return environment.from_string(own_file("page.html")).render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
         runs=runs,
         sentences=[sentence(run) for run in runs],
@@ -424,10 +433,9 @@ def render(runs: Sequence[RunContent], version: str) -> str:
         open_traversals=OPEN_TRAVERSALS,
         values=[f"{value:g}".replace("-", "\u2212") for value in VALUES],
         version=version,
-        style=Markup(_own("page.css")),
+        style=Markup(own_file("page.css")),
         scripts=[Markup(script) for script in scripts],
-        policy="default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src "
-        + " ".join(map(_digest, scripts)),
+        policy=policy(scripts),
         place=place,
         zip=zip,
         absent=ABSENT,

@@ -129,6 +129,28 @@ def test_evaluation_measures_them_all_and_extends_the_results(
     assert fids["tf1"]["rec_contrast"] != found["rec"]
 
 
+def test_evaluation_measures_those_alone_that_are_asked_for(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    few = [str(tmp_path / "run"), "--fid-num", "40", "--allow-few"]
+
+    def measured(*only: str) -> dict[str, float]:
+        capsys.readouterr()
+        evaluate.main([*few, *only])
+        found = json.loads(capsys.readouterr().out)["fid"]["tf1"]
+        return {name: found[name] for name in found if name in evaluate.PARTS}
+
+    everything = measured()
+    (tmp_path / "run" / "results.json").unlink()
+    assert measured("--only", "gen2") == {"gen2": everything["gen2"]}
+    assert measured("--only", "rec", "gen1") == {name: everything[name] for name in ("rec", "gen1")}
+    kept = json.loads((tmp_path / "run" / "results.json").read_text())["fid"]["tf1"]
+    assert {name: kept[name] for name in evaluate.PARTS if name in kept} == {
+        name: everything[name] for name in ("rec", "gen1", "gen2")
+    }
+
+
 def test_a_resume_keeps_them_only_where_nothing_is_trained(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     path = tmp_path / "run" / "results.json"
