@@ -22,7 +22,7 @@ def vae_loss(
     """The loss of a batch, and the moments [4,k] of its posterior (see ops.sample_kl, also for `first_sample`)."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
         mu, log_sigma = model.encoder(x)
-        z, kl, moments = ops.sample_kl(mu, log_sigma, rng, first_sample=first_sample)
+        z, kl, moments = ops.sample_kl(mu, log_sigma, rng, first_sample=first_sample, per_latent=loss.per_latent)
         recon = model.decoder(z)
     return loss(recon, target, kl=kl, latents=mu.shape[1]), moments
 
@@ -117,7 +117,7 @@ class Step:
         self.lr.fill_(lr)
 
     def __call__(self, x: Tensor, target: Tensor) -> None:
-        before = [(t, t.clone()) for t in (self.statistics, self.loss.gamma2)]
+        before = [(t, t.clone()) for t in (self.statistics, *self.loss.state().values())]
         total, loss, moments = self._gradients(x, target)
         if self.world.size > 1:
             loss, total, moments = self._exchange(loss, total, moments)
@@ -183,8 +183,9 @@ class Step:
             p.grad = gradient
         self.statistics.copy_(statistics)
         whole, nll, kl, mse, total = parts.unbind()
-        self.loss.follow(mse)
-        return Loss(whole, nll, kl, mse, loss.gamma2), total, moments * self.world.size
+        self.loss.follow(mse, kl)
+        pooled = loss._replace(loss=whole, nll=nll, kl=kl, mse=mse)
+        return pooled, total, moments * self.world.size
 
     def state(self) -> list[Tensor]:
         """Every tensor that a step changes and the next one reads; some may share memory."""
