@@ -230,8 +230,7 @@ def balanced_loss(
 
     Returns:
         loss and sse (the batch's sum of squares), scalars with first derivatives, float32 or for float64 recon float64;
-        stats, float32 [5] = mse of the batch, kl / B, gamma2 as used, loss without the KL term, kl_weight weight, not
-        differentiable.
+        stats, float32 [4] = mse of the batch, kl / B, gamma2 as used, loss without the KL term, not differentiable.
         The gradient of recon has its dtype and layout.
 
     Raises:
@@ -463,7 +462,7 @@ def _fake_balanced_loss(
         return recon.new_empty(size, dtype=dtype)
 
     sums = sum_dtype(recon.dtype)
-    return new(dtype=sums), new(dtype=sums), new(5, dtype=torch.float32), new(2, dtype=torch.float32)
+    return new(dtype=sums), new(dtype=sums), new(4, dtype=torch.float32), new(2, dtype=torch.float32)
 
 
 def _fake_balanced_loss_backward(

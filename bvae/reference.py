@@ -25,7 +25,7 @@ class SampleKL(NamedTuple):
 
 
 class BalancedLossOut(NamedTuple):
-    """What `balanced_loss` returns: loss and sse, scalars; stats [5] = mse_batch, kl/B, gamma2, nll, KL's weight."""
+    """What `balanced_loss` returns: loss and sse, scalars; stats [4] = mse_batch, kl/B, gamma2 used, nll."""
 
     loss: Tensor
     sse: Tensor
@@ -226,7 +226,7 @@ def balanced_loss(
     moved = torch.ones_like(used) if weight is None else _before(weight.detach()).reshape(())
     loss = nll + kl_weight * moved.to(sums) * kl_mean
     with torch.no_grad():
-        stats = torch.stack([mse.float(), kl_mean.float(), used, nll.float(), kl_weight * moved])
+        stats = torch.stack([mse.float(), kl_mean.float(), used, nll.float()])
     if update:
         count = torch.tensor(numel, dtype=torch.int64, device=recon.device)
         update_gamma2(gamma2, skipped, sse.detach(), count, decay=decay, floor=floor, monotone=monotone)

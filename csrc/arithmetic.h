@@ -273,7 +273,7 @@ struct LossState {
   bool update, monotone;
 };
 
-// The loss of a batch from its sums. Writes stats [5] and used [2], the gamma2 and weight that the gradient needs, and
+// The loss of a batch from its sums. Writes stats [4] and used [2], the gamma2 and weight that the gradient needs, and
 // then moves gamma2.
 BVAE_HD LossParts finish_loss(double sse, double kl, int64_t batch, int64_t numel, int64_t per_sample,
                               const LossState& state, float* stats, float* used) {
@@ -281,13 +281,11 @@ BVAE_HD LossParts finish_loss(double sse, double kl, int64_t batch, int64_t nume
   float gamma2 = *state.gamma2;
   used[0] = gamma2_in_use(gamma2, mse, state.floor);
   used[1] = state.weight != nullptr ? *state.weight : 1.0f;
-  const double kl_weight = state.kl_weight * used[1];
-  const LossParts parts = loss_parts(sse, kl, used[0], kl_weight, batch, numel, per_sample);
+  const LossParts parts = loss_parts(sse, kl, used[0], state.kl_weight * used[1], batch, numel, per_sample);
   stats[0] = static_cast<float>(parts.mse);
   stats[1] = static_cast<float>(parts.kl_mean);
   stats[2] = used[0];
   stats[3] = static_cast<float>(parts.nll);
-  stats[4] = static_cast<float>(kl_weight);
   if (state.update && numel > 0) {
     if (move_gamma2(&gamma2, parts.mse, state.decay, state.floor, state.monotone)) {
       *state.gamma2 = gamma2;

@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> balanced_loss(const Tensor& recon, co
   }
   const int64_t numel = recon.numel(), batch = recon.size(0), d = per_sample(recon);
   Tensor loss = empty_scalar(recon, sums), sse = empty_scalar(recon, sums);
-  Tensor stats = empty(recon, {5}, ScalarType::Float), used = empty(recon, {2}, ScalarType::Float);
+  Tensor stats = empty(recon, {4}, ScalarType::Float), used = empty(recon, {2}, ScalarType::Float);
   const LossState state{static_cast<float*>(gamma2.mutable_data_ptr()),
                         static_cast<int64_t*>(skipped.mutable_data_ptr()),
                         static_cast<const float*>(optional_data(weight)),

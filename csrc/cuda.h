@@ -58,7 +58,7 @@ struct LossArgs {
   const void* kl;              // scalar, float or double
   LossState state;
   void *loss, *sse;  // scalars, float or double
-  float* stats;      // [5]
+  float* stats;      // [4]
   float* used;       // [2]: gamma2 and weight
   void* scratch;
   int64_t numel, batch, per_sample;

@@ -14,10 +14,7 @@ FLOOR = 1e-8  # ours: keeps 1/gamma2 finite when the reconstruction becomes exac
 
 
 class Loss(NamedTuple):
-    """The loss and its parts, scalars on the device; only `loss` carries a gradient.
-
-    With `reduction="none"`, loss, nll, kl and mse are [B], one number a sample.
-    """
+    """The loss and its parts, scalars on the device; only `loss` carries a gradient."""
 
     loss: Tensor
     """mean over the batch of sse/(2 gamma2) + weight*KL + D log gamma + D/2 log 2 pi"""
@@ -29,8 +26,8 @@ class Loss(NamedTuple):
     """mean squared error per element of the batch"""
     gamma2: Tensor
     """the gamma^2 that this loss used"""
-    weight: Tensor
-    """the weight of the KL that this loss used: kl_weight, times the weight of a rule that moves one"""
+    weight: float | Tensor
+    """the weight of the KL that this loss used: a number, or a scalar on the device where something moves it"""
 
 
 class GaussianVAELoss(nn.Module):
@@ -241,7 +238,9 @@ class GaussianVAELoss(nn.Module):
             floor=FLOOR,
             monotone=monotone,
         )
-        mse, kl_mean, gamma2, nll, used = out.stats.unbind()
+        mse, kl_mean, gamma2, nll = out.stats.unbind()
+        # The product is a copy of the weight, which the rule may move before anybody reads it.
+        used = kl_weight if weight is None else kl_weight * weight
         return Loss(out.loss, nll, kl_mean, mse, gamma2, used), out.sse
 
     def current_gamma2(self) -> Tensor:
