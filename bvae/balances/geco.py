@@ -10,8 +10,10 @@ from torch import Tensor
 from bvae.balances.base import DECAY, FLOOR
 from bvae.balances.moving import MovingLoss
 
-MOST = 1 / FLOOR  # gamma^2's upper end, where the reconstruction no longer counts
-FASTEST = 0.1  # the most that log gamma^2 moves in a step
+FASTEST = 0.01  # the most that log gamma^2 moves in a step: the speed of the computed gamma
+# How far gamma^2 may go from the target. At gamma^2 = target, sampling adds about k/D of it to the mse, at a hundredth
+# nothing that counts; beyond, lambda would only have a longer way back.
+RANGE = 100.0
 
 
 class GecoLoss(MovingLoss):
@@ -19,17 +21,18 @@ class GecoLoss(MovingLoss):
 
     After each step, with m the running mean of the mse (.99 of the old, from the first batch's):
 
-        log gamma^2 <- log gamma^2 - rate (m / target - 1),     by at most .1, gamma^2 from 1e-8 to 1e8
+        log gamma^2 <- log gamma^2 - rate (m / target - 1)
 
-    In the paper's terms, log lambda moves by eta (m - target) D with eta = rate / (target D). A target below the least
-    mse that the network can reach sends lambda to its end.
+    by at most .01, and gamma^2 between target/100 and 100 target (never below 1e-8). In the paper's terms, log lambda
+    moves by eta (m - target) D with eta = rate / (target D). A target below the least mse that the network can reach
+    sends lambda to its end.
 
     Args:
         kl_weight, logits: see GaussianVAELoss. accumulate, manual, process_group: see MovingLoss.
         target: the mse per element to reach.
         rate: the speed of log gamma^2 at an mse of twice the target.
 
-    State: `gamma2`, from 1/2 (lambda 1), and `running_mse`, 0 before the first batch.
+    State: `gamma2`, from 1/2 (lambda 1) or the nearest that it may be, and `running_mse`, 0 before the first batch.
     """
 
     running_mse: Tensor
@@ -49,9 +52,12 @@ class GecoLoss(MovingLoss):
             raise ValueError(f"target must be a positive number, not {target}")
         if not 0 < rate < math.inf:
             raise ValueError(f"rate must be a positive number, not {rate}")
+        least, most = max(FLOOR, target / RANGE), max(FLOOR, target * RANGE)
+        start = min(max(0.5, least), most)
         super().__init__(
-            kl_weight, logits, start=0.5, accumulate=accumulate, manual=manual, process_group=process_group
+            kl_weight, logits, start=start, accumulate=accumulate, manual=manual, process_group=process_group
         )
+        self.least, self.most = least, most
         self.follows_mse = False  # but by the rule below
         self.target, self.rate = target, rate
         self._register("running_mse", 0.0)
@@ -60,7 +66,7 @@ class GecoLoss(MovingLoss):
         good = self._good(mse, kl, some)
         mean = (self.running_mse * DECAY + mse * (1 - DECAY)).where(self.running_mse != 0, mse)
         change = (self.rate * (mean / self.target - 1)).clamp(-FASTEST, FASTEST)
-        gamma2 = (self.gamma2 * (-change).exp()).clamp(FLOOR, MOST)
+        gamma2 = (self.gamma2 * (-change).exp()).clamp(self.least, self.most)
         self.running_mse.copy_(mean.where(good, self.running_mse))
         self.gamma2.copy_(gamma2.where(good, self.gamma2))
 
@@ -72,7 +78,7 @@ class GecoLoss(MovingLoss):
 class GecoSettings:
     """Settings of --balance geco."""
 
-    geco_target: float = 0.005
+    geco_target: float = 0.01
     """The mean squared error per element to reach."""
     geco_rate: float = 0.01
     """Change of log gamma^2 a step where the error is twice the target."""
