@@ -35,6 +35,12 @@ CXX_FLAGS = [
 NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
+def without_paths(includes: list[str]) -> list[str]:
+    """Compiler flags under which an error names a file by its place in the project or in torch, not on this machine."""
+    roots = {f"{ROOT.resolve()}/": "", **{f"{path}/": "" for path in includes}}
+    return [f"-ffile-prefix-map={path}={name}" for path, name in roots.items()]
+
+
 def say(text: str) -> None:
     print(f"bvae: {text}", file=sys.stderr, flush=True)
 
@@ -93,7 +99,8 @@ def compile_cuda(nvcc: Path, folder: Path) -> list[str]:
     objects = []
     for source in sorted(CSRC.glob("*.cu")):
         target = folder / f"{source.name}.o"
-        command = [str(nvcc), *NVCC_FLAGS, *code_flags(architectures()), "-c", str(source), "-o", str(target)]
+        place = str(source.relative_to(ROOT))  # a failed assertion on the device names it
+        command = [str(nvcc), *NVCC_FLAGS, *code_flags(architectures()), "-c", place, "-o", str(target)]
         stamp = target.with_suffix(".command")
         newest = max(headers, source.stat().st_mtime)
         fresh = target.exists() and stamp.exists() and stamp.read_text() == shlex.join(command)
@@ -114,7 +121,7 @@ def configure() -> dict:
     reason = None
     try:
         import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
     except ImportError:
         reason = "torch is not installed in the build environment"
     compiler = find_compiler()
@@ -170,7 +177,7 @@ def configure() -> dict:
             if not path.name.startswith(("host", "image"))
         ],
         define_macros=defines,
-        extra_compile_args={"cxx": [*CXX_FLAGS, "-std=c++20"]},
+        extra_compile_args={"cxx": [*CXX_FLAGS, *without_paths(include_paths()), "-std=c++20"]},
         extra_link_args=link,
         depends=[
             str(path.relative_to(ROOT)) for pattern in ("*.h", "*.cuh", "*.cu") for path in sorted(CSRC.glob(pattern))

@@ -17,7 +17,7 @@ WORD = 0xFFFFFFFF
 
 
 class SampleKL(NamedTuple):
-    """What `sample_kl` returns: z as mu; kl, a scalar; moments [4, k]."""
+    """What `sample_kl` returns: z as mu; kl, a scalar or [k]; moments [4, k]."""
 
     z: Tensor
     kl: Tensor
@@ -118,7 +118,15 @@ def kl(mu: Tensor, log_sigma: Tensor) -> Tensor:
     return 0.5 * (mu.square() + (torch.expm1(2 * log_sigma) - 2 * log_sigma))
 
 
-def sample_kl(mu: Tensor, log_sigma: Tensor, rng: Tensor, *, first_sample: int = 0, advance: bool = True) -> SampleKL:
+def sample_kl(
+    mu: Tensor,
+    log_sigma: Tensor,
+    rng: Tensor,
+    *,
+    first_sample: int = 0,
+    advance: bool = True,
+    per_latent: bool = False,
+) -> SampleKL:
     """z = mu + sigma eps and kl = sum of 1/2 (mu^2 + sigma^2 - 2 log sigma - 1). See `bvae.ops.sample_kl`."""
     if mu.shape != log_sigma.shape or mu.dim() < 1:
         raise RuntimeError("bvae: mu and log_sigma must have one shape [B, ...]")
@@ -136,7 +144,7 @@ def sample_kl(mu: Tensor, log_sigma: Tensor, rng: Tensor, *, first_sample: int =
     terms = kl(m, ls)
     with torch.no_grad():
         moments = torch.stack([m.sum(0), m.square().sum(0), sigma.square().sum(0), terms.sum(0)])
-    return SampleKL(z, terms.sum(), moments)
+    return SampleKL(z, terms.sum(0) if per_latent else terms.sum(), moments)
 
 
 # ---- the loss -------------------------------------------------------------------------------------------------------
@@ -153,8 +161,26 @@ def gaussian_nll(sse: Tensor, gamma2: Tensor, batch: int, per_sample: int) -> Te
     return sse / (2 * batch * gamma2) + constant if batch else sse + constant
 
 
+def unit_target(target: Tensor, dtype: torch.dtype) -> Tensor:
+    """A loss's target in `dtype`, without gradient: uint8 as value / 255."""
+    x = target.detach().to(dtype)
+    return x / 255 if target.dtype == torch.uint8 else x
+
+
+def gamma2_in_use(gamma2: Tensor, mse: Tensor, floor: float) -> Tensor:
+    """The gamma2 that a loss uses: 0 stands for one that has not started, and then it is the batch's own mse."""
+    return torch.where(gamma2 == 0, mse.detach().clamp(min=floor).to(gamma2.dtype), gamma2)
+
+
 def update_gamma2(
-    gamma2: Tensor, skipped: Tensor, sse: Tensor, count: Tensor, *, decay: float = 0.99, floor: float = 1e-8
+    gamma2: Tensor,
+    skipped: Tensor,
+    sse: Tensor,
+    count: Tensor,
+    *,
+    decay: float = 0.99,
+    floor: float = 1e-8,
+    monotone: bool = True,
 ) -> None:
     """gamma2 <- max(floor, min(gamma2, decay gamma2 + (1 - decay) sse / count)). See `bvae.ops.update_gamma2`."""
     with torch.no_grad():
@@ -162,7 +188,9 @@ def update_gamma2(
         mse = sse.double() / count.double()
         finite = mse.isfinite()
         now = gamma2.double()
-        moved = torch.minimum(now, decay * now + (1 - decay) * mse).clamp(min=floor).to(gamma2.dtype)
+        mixed = decay * now + (1 - decay) * mse
+        moved = torch.where(now == 0, mse, torch.minimum(now, mixed) if monotone else mixed)
+        moved = moved.clamp(min=floor).to(gamma2.dtype)
         gamma2.copy_(torch.where(some & finite, moved, gamma2))
         skipped.add_((some & ~finite).to(skipped.dtype))
 
@@ -175,32 +203,33 @@ def balanced_loss(
     skipped: Tensor,
     *,
     kl_weight: float = 1.0,
+    weight: Tensor | None = None,
     logits: bool,
     update: bool,
     decay: float = 0.99,
     floor: float = 1e-8,
+    monotone: bool = True,
 ) -> BalancedLossOut:
-    """loss = sse / (2 B gamma2) + kl_weight kl / B + D/2 log(2 pi gamma2). See `bvae.ops.balanced_loss`."""
+    """loss = sse / (2 B gamma2) + kl_weight weight kl / B + D/2 log(2 pi gamma2). See `bvae.ops.balanced_loss`."""
     if recon.shape != target.shape or recon.dim() < 1:
         raise RuntimeError("bvae: the reconstruction and its target must have one shape [B, ...]")
     sums = sum_dtype(recon.dtype)
     batch, numel, per_sample = recon.shape[0], recon.numel(), math.prod(recon.shape[1:])
-    x = target.detach().to(sums)
-    if target.dtype == torch.uint8:
-        x = x / 255
+    x = unit_target(target, sums)
     x_hat = recon.to(sums).sigmoid() if logits else recon.to(sums)
     sse = (x_hat - x).square().sum()
-    used = _before(gamma2.detach())
+    mse = (sse / max(numel, 1)).detach()
+    used = gamma2_in_use(_before(gamma2.detach()).reshape(()), mse, floor)
     g2, kl = used.to(sums), kl.to(sums).reshape(())
     nll = gaussian_nll(sse, g2, batch, per_sample)
     kl_mean = kl / batch if batch else 0 * kl
-    loss = nll + kl_weight * kl_mean
+    moved = torch.ones_like(used) if weight is None else _before(weight.detach()).reshape(())
+    loss = nll + kl_weight * moved.to(sums) * kl_mean
     with torch.no_grad():
-        mse = sse / max(numel, 1)
-        stats = torch.stack([mse.float(), kl_mean.float(), used.reshape(()), nll.float()])
+        stats = torch.stack([mse.float(), kl_mean.float(), used, nll.float()])
     if update:
         count = torch.tensor(numel, dtype=torch.int64, device=recon.device)
-        update_gamma2(gamma2, skipped, sse.detach(), count, decay=decay, floor=floor)
+        update_gamma2(gamma2, skipped, sse.detach(), count, decay=decay, floor=floor, monotone=monotone)
     return BalancedLossOut(loss, sse, stats)
 
 

@@ -88,7 +88,7 @@ CLI_GROUPS = {**GROUPS, "data": _Data, "evaluation": _Evaluation, "machine": _Ma
 
 def _groups() -> dict[str, type]:
     """The groups of options: those of Config, then a group for each part that has settings of its own."""
-    return {**CLI_GROUPS, **{name.replace(" ", "_"): s for name, s in part_settings().items()}}
+    return {**CLI_GROUPS, **{name.replace(" ", "_").replace("-", "_"): s for name, s in part_settings().items()}}
 
 
 def _given(argv: list[str]) -> set[str]:

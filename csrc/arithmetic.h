@@ -230,14 +230,21 @@ BVAE_HD double loss_coefficient(double g_loss, double g_sse, double gamma2, doub
   return g_loss / (gamma2 * batch) + 2.0 * g_sse;
 }
 
-// max(floor, min(gamma2, decay gamma2 + (1 - decay) mse)); a non-finite mse is refused. A gamma2 that is
-// NaN stays NaN: the floor would turn it into a huge weight of the reconstruction.
-BVAE_HD bool move_gamma2(float* gamma2, double mse, double decay, double floor) {
+// The gamma2 that a loss uses: 0 stands for one that has not started, and then it is the batch's own mse.
+BVAE_HD float gamma2_in_use(float gamma2, double mse, double floor) {
+  if (gamma2 != 0.0f) return gamma2;
+  return static_cast<float>(mse < floor ? floor : mse);
+}
+
+// max(floor, decay gamma2 + (1 - decay) mse), where `monotone` no larger than gamma2; from 0, which has not started,
+// max(floor, mse). A non-finite mse is refused. A gamma2 that is NaN stays NaN: the floor would turn it into a huge
+// weight of the reconstruction.
+BVAE_HD bool move_gamma2(float* gamma2, double mse, double decay, double floor, bool monotone) {
   if (!(mse - mse == 0.0)) return false;
   const double now = *gamma2;
-  const double mixed = decay * now + (1.0 - decay) * mse;
-  const double low = mixed < now ? mixed : now;
-  *gamma2 = static_cast<float>(low < floor ? floor : low);
+  double next = now == 0.0 ? mse : decay * now + (1.0 - decay) * mse;
+  if (monotone && now != 0.0 && !(next < now)) next = now;
+  *gamma2 = static_cast<float>(next < floor ? floor : next);
   return true;
 }
 
@@ -245,7 +252,7 @@ struct LossParts {
   double loss, nll, mse, kl_mean;
 };
 
-// loss = sse / (2 B gamma2) + kl_weight kl / B + D/2 log gamma2 + D/2 log 2 pi, from the gamma2 before this step.
+// loss = sse / (2 B gamma2) + kl_weight kl / B + D/2 log gamma2 + D/2 log 2 pi, with the gamma2 and weight in use.
 BVAE_HD LossParts loss_parts(double sse, double kl, double gamma2, double kl_weight, int64_t batch, int64_t numel,
                              int64_t per_sample) {
   const double constant = 0.5 * static_cast<double>(per_sample) * (log(gamma2) + 1.8378770664093454836);
@@ -255,6 +262,43 @@ BVAE_HD LossParts loss_parts(double sse, double kl, double gamma2, double kl_wei
   p.nll = (batch > 0 ? sse / (2.0 * static_cast<double>(batch) * gamma2) : 0.0) + constant;
   p.loss = p.nll + kl_weight * p.kl_mean;
   return p;
+}
+
+// What a loss reads beside the batch, and moves.
+struct LossState {
+  float* gamma2;
+  int64_t* skipped;
+  const float* weight;  // multiplies kl_weight, or null
+  double kl_weight, decay, floor;
+  bool update, monotone;
+};
+
+// The loss of a batch from its sums. Writes stats [4] and used [2], the gamma2 and weight that the gradient needs, and
+// then moves gamma2.
+BVAE_HD LossParts finish_loss(double sse, double kl, int64_t batch, int64_t numel, int64_t per_sample,
+                              const LossState& state, float* stats, float* used) {
+  const double mse = numel > 0 ? sse / static_cast<double>(numel) : 0.0;
+  float gamma2 = *state.gamma2;
+  used[0] = gamma2_in_use(gamma2, mse, state.floor);
+  used[1] = state.weight != nullptr ? *state.weight : 1.0f;
+  const LossParts parts = loss_parts(sse, kl, used[0], state.kl_weight * used[1], batch, numel, per_sample);
+  stats[0] = static_cast<float>(parts.mse);
+  stats[1] = static_cast<float>(parts.kl_mean);
+  stats[2] = used[0];
+  stats[3] = static_cast<float>(parts.nll);
+  if (state.update && numel > 0) {
+    if (move_gamma2(&gamma2, parts.mse, state.decay, state.floor, state.monotone)) {
+      *state.gamma2 = gamma2;
+    } else {
+      *state.skipped += 1;
+    }
+  }
+  return parts;
+}
+
+// d (g_loss * loss) / d kl.
+BVAE_HD double kl_coefficient(double g_loss, double kl_weight, double weight, int64_t batch) {
+  return batch > 0 ? g_loss * kl_weight * weight / static_cast<double>(batch) : 0.0;
 }
 
 // ---- sampling and KL -----------------------------------------------------------------------------------------------

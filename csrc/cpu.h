@@ -26,9 +26,11 @@ struct CpuLoops {
   void (*sample)(DType type, Rows mu, Rows log_sigma, void* z, double* sums, int64_t k, RngState rng,
                  int64_t first_sample, int64_t begin, int64_t end);
 
-  // grad_z may be null (no gradient reaches z).
-  void (*sample_grad)(DType type, const void* grad_z, double grad_kl, Rows mu, Rows log_sigma, void* grad_mu,
-                      void* grad_log_sigma, int64_t k, RngState rng, int64_t first_sample, int64_t begin, int64_t end);
+  // grad_z and grad_kl may be null (no gradient reaches z or kl). grad_kl is one number of the arithmetic type, or where
+  // `per_latent` k of them.
+  void (*sample_grad)(DType type, const void* grad_z, const void* grad_kl, bool per_latent, Rows mu, Rows log_sigma,
+                      void* grad_mu, void* grad_log_sigma, int64_t k, RngState rng, int64_t first_sample, int64_t begin,
+                      int64_t end);
 
   // Rows [begin, end) of the raw words (as int64) or of the normals; the other pointer is null.
   void (*noise)(int64_t* words, float* normals, int64_t k, RngState rng, int64_t first_sample, int64_t begin,

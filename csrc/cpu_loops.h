@@ -273,9 +273,11 @@ void sample(DType type, Rows mu, Rows log_sigma, void* z, double* sums, int64_t 
 }
 
 template <class A>
-void sample_grad_range(DType type, const void* grad_z, A grad_kl, Rows mu, Rows log_sigma, void* grad_mu,
-                       void* grad_log_sigma, int64_t k, RngState rng, int64_t first_sample, int64_t begin,
-                       int64_t end) {
+void sample_grad_range(DType type, const void* grad_z, const void* grad_kl, bool per_latent, Rows mu, Rows log_sigma,
+                       void* grad_mu, void* grad_log_sigma, int64_t k, RngState rng, int64_t first_sample,
+                       int64_t begin, int64_t end) {
+  const A* const g_kl = static_cast<const A*>(grad_kl);
+  const A g_all = g_kl != nullptr && !per_latent ? *g_kl : A(0);
   Tile tile;
   alignas(64) float eps[kTile];
   alignas(64) A mu_buffer[kTile], log_sigma_buffer[kTile], g_buffer[kTile], g_mu_buffer[kTile], g_ls_buffer[kTile];
@@ -294,8 +296,15 @@ void sample_grad_range(DType type, const void* grad_z, A grad_kl, Rows mu, Rows 
       }
       A* __restrict g_mu = place<A>(type, grad_mu, at, g_mu_buffer);
       A* __restrict g_ls = place<A>(type, grad_log_sigma, at, g_ls_buffer);
-      for (int i = 0; i < n; ++i) {
-        latent_gradient<A>(m[i], l[i], static_cast<A>(eps[i]), g[i], grad_kl, &g_mu[i], &g_ls[i]);
+      if (per_latent) {
+        const A* __restrict g_each = g_kl + first;
+        for (int i = 0; i < n; ++i) {
+          latent_gradient<A>(m[i], l[i], static_cast<A>(eps[i]), g[i], g_each[i], &g_mu[i], &g_ls[i]);
+        }
+      } else {
+        for (int i = 0; i < n; ++i) {
+          latent_gradient<A>(m[i], l[i], static_cast<A>(eps[i]), g[i], g_all, &g_mu[i], &g_ls[i]);
+        }
       }
       store(type, grad_mu, at, n, g_mu);
       store(type, grad_log_sigma, at, n, g_ls);
@@ -303,15 +312,11 @@ void sample_grad_range(DType type, const void* grad_z, A grad_kl, Rows mu, Rows 
   }
 }
 
-void sample_grad(DType type, const void* grad_z, double grad_kl, Rows mu, Rows log_sigma, void* grad_mu,
-                 void* grad_log_sigma, int64_t k, RngState rng, int64_t first_sample, int64_t begin, int64_t end) {
-  if (type == DType::f64) {
-    sample_grad_range<double>(type, grad_z, grad_kl, mu, log_sigma, grad_mu, grad_log_sigma, k, rng, first_sample,
-                              begin, end);
-  } else {
-    sample_grad_range<float>(type, grad_z, static_cast<float>(grad_kl), mu, log_sigma, grad_mu, grad_log_sigma, k, rng,
-                             first_sample, begin, end);
-  }
+void sample_grad(DType type, const void* grad_z, const void* grad_kl, bool per_latent, Rows mu, Rows log_sigma,
+                 void* grad_mu, void* grad_log_sigma, int64_t k, RngState rng, int64_t first_sample, int64_t begin,
+                 int64_t end) {
+  const auto range = type == DType::f64 ? sample_grad_range<double> : sample_grad_range<float>;
+  range(type, grad_z, grad_kl, per_latent, mu, log_sigma, grad_mu, grad_log_sigma, k, rng, first_sample, begin, end);
 }
 
 // ---- gather --------------------------------------------------------------------------------------------------------

@@ -39,11 +39,12 @@ int cuda_sample_kl(const SampleArgs& args, Launch launch);
 struct SampleGradArgs {
   DType type;
   const void* grad_z;   // [B, k] or null
-  const void* grad_kl;  // scalar or null
+  const void* grad_kl;  // scalar, or where `per_latent` [k], or null
   Rows mu, log_sigma;   // [B, k]
   const int64_t* state;
   void *grad_mu, *grad_log_sigma;  // [B, k]
   int64_t batch, k, first_sample;
+  bool per_latent;
 };
 int cuda_sample_kl_backward(const SampleGradArgs& args, Launch launch);
 
@@ -55,15 +56,13 @@ struct LossArgs {
   DType recon_type, target_type;
   const void *recon, *target;  // numel elements in the same order
   const void* kl;              // scalar, float or double
-  float* gamma2;
-  int64_t* skipped;
-  void *loss, *sse;    // scalars, float or double
-  float* stats;        // [4]
-  float* gamma2_used;  // scalar
+  LossState state;
+  void *loss, *sse;  // scalars, float or double
+  float* stats;      // [4]
+  float* used;       // [2]: gamma2 and weight
   void* scratch;
   int64_t numel, batch, per_sample;
-  double kl_weight, decay, floor;
-  bool logits, update;
+  bool logits;
 };
 int cuda_balanced_loss(const LossArgs& args, Launch launch);
 
@@ -71,7 +70,7 @@ struct LossGradArgs {
   DType recon_type, target_type;
   const void *grad_loss, *grad_sse;  // scalars, float or double, or null
   const void *recon, *target;
-  const float* gamma2_used;
+  const float* used;  // [2]: gamma2 and weight
   void* grad_recon;
   void* grad_kl;  // scalar, float or double
   int64_t numel, batch;
@@ -81,7 +80,7 @@ struct LossGradArgs {
 int cuda_balanced_loss_backward(const LossGradArgs& args, Launch launch);
 
 int cuda_update_gamma2(float* gamma2, int64_t* skipped, const void* sse, bool sse_is_double, const void* count,
-                       bool count_is_double, double decay, double floor, Launch launch);
+                       bool count_is_double, double decay, double floor, bool monotone, Launch launch);
 
 struct GatherArgs {
   const uint8_t* data;   // [N, H, W, C]

@@ -15,15 +15,15 @@ STABLE_TORCH_LIBRARY(bvae, m) {
   m.def("philox_words(Tensor rng, SymInt rows, SymInt k, int first_sample) -> Tensor");
   m.def("philox_normal(Tensor rng, SymInt rows, SymInt k, int first_sample) -> Tensor");
   m.def(
-      "balanced_loss(Tensor recon, Tensor target, Tensor kl, Tensor(a!) gamma2, Tensor(b!) skipped, "
-      "float kl_weight, bool logits, bool update, float decay, float floor) "
-      "-> (Tensor loss, Tensor sse, Tensor stats, Tensor gamma2_used)");
+      "balanced_loss(Tensor recon, Tensor target, Tensor kl, Tensor(a!) gamma2, Tensor(b!) skipped, Tensor? weight, "
+      "float kl_weight, bool logits, bool update, float decay, float floor, bool monotone) "
+      "-> (Tensor loss, Tensor sse, Tensor stats, Tensor used)");
   m.def(
-      "balanced_loss_backward(Tensor? grad_loss, Tensor? grad_sse, Tensor recon, Tensor target, Tensor gamma2_used, "
+      "balanced_loss_backward(Tensor? grad_loss, Tensor? grad_sse, Tensor recon, Tensor target, Tensor used, "
       "float kl_weight, bool logits) -> (Tensor grad_recon, Tensor grad_kl)");
   m.def(
-      "update_gamma2(Tensor(a!) gamma2, Tensor(b!) skipped, Tensor sse, Tensor count, float decay, float floor) "
-      "-> ()");
+      "update_gamma2(Tensor(a!) gamma2, Tensor(b!) skipped, Tensor sse, Tensor count, float decay, float floor, "
+      "bool monotone) -> ()");
   m.def("gather(Tensor data, Tensor index, Tensor? flip, ScalarType dtype) -> (Tensor x, Tensor rows)");
   m.def("all_finite(Tensor[] tensors) -> Tensor");
   m.def(

@@ -16,13 +16,16 @@ Tensor philox_words(const Tensor& rng, int64_t rows, int64_t k, int64_t first_sa
 Tensor philox_normal(const Tensor& rng, int64_t rows, int64_t k, int64_t first_sample);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> balanced_loss(const Tensor& recon, const Tensor& target, const Tensor& kl,
-                                                         Tensor gamma2, Tensor skipped, double kl_weight, bool logits,
-                                                         bool update, double decay, double floor);
+                                                         Tensor gamma2, Tensor skipped,
+                                                         const std::optional<Tensor>& weight, double kl_weight,
+                                                         bool logits, bool update, double decay, double floor,
+                                                         bool monotone);
 std::tuple<Tensor, Tensor> balanced_loss_backward(const std::optional<Tensor>& grad_loss,
                                                   const std::optional<Tensor>& grad_sse, const Tensor& recon,
-                                                  const Tensor& target, const Tensor& gamma2_used, double kl_weight,
+                                                  const Tensor& target, const Tensor& used, double kl_weight,
                                                   bool logits);
-void update_gamma2(Tensor gamma2, Tensor skipped, const Tensor& sse, const Tensor& count, double decay, double floor);
+void update_gamma2(Tensor gamma2, Tensor skipped, const Tensor& sse, const Tensor& count, double decay, double floor,
+                   bool monotone);
 
 std::tuple<Tensor, Tensor> gather(const Tensor& data, const Tensor& index, const std::optional<Tensor>& flip,
                                   ScalarType dtype);

@@ -91,7 +91,9 @@ class VAEObjective:
         assert isinstance(model, VAE)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             mu, log_sigma = model.encoder(x)
-            z, kl, moments = ops.sample_kl(mu, log_sigma, noise.rng, first_sample=noise.first_sample)
+            per_latent = self.loss.per_latent
+            drawn = ops.sample_kl(mu, log_sigma, noise.rng, first_sample=noise.first_sample, per_latent=per_latent)
+            z, kl, moments = drawn
             recon = model.decoder(z)
         loss = self.loss(recon, target, kl=kl, latents=mu.shape[1])
         total = loss.loss
@@ -102,16 +104,16 @@ class VAEObjective:
         return total, torch.stack([loss.loss.detach().float(), loss.nll, loss.kl, loss.mse, balance]), moments
 
     def state(self) -> dict[str, Tensor]:
-        return dict(self.loss.named_buffers())
+        return self.loss.state()
 
     def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         return self.loss.named_parameters()
 
     def pooled(self, parts: Tensor) -> None:
-        self.loss.follow(parts[self.parts.index("mse")])
+        self.loss.follow(parts[self.parts.index("mse")], parts[self.parts.index("kl")])
 
     def figures(self) -> dict[str, Tensor]:
-        return {"gamma2": self.loss.current_gamma2()}
+        return {"gamma2": self.loss.current_gamma2(), **self.loss.extras()}
 
     def train(self, mode: bool = True) -> object:
         return self.loss.train(mode)

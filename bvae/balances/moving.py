@@ -1,0 +1,166 @@
+"""What the balances whose state follows the batches share: when it moves, and by which figures, of how many ranks."""
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bvae import ops
+from bvae.balances.base import DECAY, FLOOR, GaussianVAELoss, Loss
+from bvae.balances.context import group_size, recomputing, transformed
+
+
+class MovingLoss(GaussianVAELoss):
+    """The base of the balances whose state follows the batches: when it moves, and from which figures.
+
+    A training step uses the state from before it, as a constant, and then moves it by the batch's mse and KL. It does
+    not move in eval mode or under torch.no_grad, and only once where activation checkpointing repeats the pass. With
+    torch.distributed initialised, the figures are means over the ranks of `process_group`.
+
+    Args:
+        gamma: the decoder's standard deviation, which then stays; None follows the mse.
+        start: gamma2 before the first batch, or "first-batch" for that batch's own mse.
+        monotone: whether gamma2 never grows.
+        accumulate: gather sums over several forward passes and move the state only in `step()`, to be called once per
+            optimiser step.
+        manual: gather nothing; the caller moves the state by `follow`, with figures of its own.
+        process_group: the ranks that train one model together; None for all.
+
+    State: buffers, and the sums gathered so far, `pending`: in state_dict, moved by `.to()`.
+    """
+
+    pending: Tensor
+
+    def __init__(
+        self,
+        kl_weight: float | Literal["auto"],
+        logits: bool,
+        *,
+        gamma: float | None = None,
+        start: float | Literal["first-batch"] = 1.0,
+        monotone: bool = True,
+        accumulate: bool = False,
+        manual: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        limits = torch.finfo(torch.float32)
+        if gamma is not None and not (gamma > 0 and limits.tiny <= gamma * gamma <= limits.max):
+            raise ValueError(f"gamma must be a positive number whose square is a float32, not {gamma}")
+        if start != "first-batch" and (isinstance(start, str) or not FLOOR <= float(start) < math.inf):
+            raise ValueError(f"start must be 'first-batch' or a number of at least {FLOOR}, not {start!r}")
+        # 0 stands for "not started": the op then takes the batch's own mse.
+        first = gamma * gamma if gamma is not None else 0.0 if start == "first-batch" else float(start)
+        super().__init__(first, kl_weight, logits)
+        self.follows_mse = gamma is None
+        self.monotone = monotone
+        self.accumulate = accumulate
+        self.manual = manual
+        self.process_group = process_group
+        # sse, elements, KL, samples. No buffer: DistributedDataParallel would overwrite it with that of rank 0.
+        self.pending = torch.zeros(4, dtype=torch.float64)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.pending.zero_()
+
+    def _unregistered(self) -> tuple[str, ...]:
+        return (*super()._unregistered(), "pending")
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "pending"] = self.pending
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        pending = state_dict.pop(prefix + "pending", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if pending is not None:
+            self.pending.zero_()[: len(pending)] = pending.to(self.pending)  # of the first versions: sse and elements
+        else:
+            _, strict, missing = args[0], args[1], args[2]
+            if strict:
+                missing.append(prefix + "pending")
+
+    # ---- when it moves --------------------------------------------------------------------------------------------
+
+    def _moves(self) -> bool:
+        moves = self.training and torch.is_grad_enabled() and not recomputing()
+        if moves and not self.manual and transformed():
+            raise RuntimeError(
+                f"{type(self).__name__} moves its state in training, which torch.func cannot follow: call eval() on "
+                "the loss, and after each step loss.follow(mse, kl)"
+            )
+        return moves
+
+    def _pooled(self, figures: Tensor) -> Tensor:
+        """The mean over ranks of figures of this batch, in training; in evaluation the figures themselves."""
+        if not (self.training and torch.is_grad_enabled()):
+            return figures
+        if self.pool is not None:
+            return self.pool(figures)
+        if self.manual or (size := group_size(self.process_group)) == 1:
+            return figures
+        pooled = figures.clone()
+        dist.all_reduce(pooled, group=self.process_group)
+        return pooled / size
+
+    def _loss(self, recon: Tensor, target: Tensor, kl: Tensor, kl_weight: float, weight: Tensor | None) -> Loss:
+        moves = self._moves() and not self.manual
+        at_once = moves and not self.accumulate and group_size(self.process_group) == 1
+        loss, sse = self._measure(recon, target, kl, kl_weight, weight, update=at_once and self.follows_mse)
+        if at_once:
+            if recon.numel():
+                with torch.no_grad():
+                    self._follow(loss.mse, loss.kl)
+        elif moves:
+            with torch.no_grad():
+                counts = [torch.full_like(sse, n, dtype=torch.float64) for n in (recon.numel(), len(recon))]
+                self.pending.add_(torch.stack([sse.double(), counts[0], kl.sum().double(), counts[1]]))
+            if not self.accumulate:
+                self.step()
+        return loss
+
+    def _measure(
+        self, recon: Tensor, target: Tensor, kl: Tensor, kl_weight: float, weight: Tensor | None, update: bool
+    ) -> tuple[Loss, Tensor]:
+        """The loss and the sum of squares; with `update` gamma2 follows the mse."""
+        return self._fused(recon, target, kl, kl_weight, weight, update, self.monotone)
+
+    def _follow(self, mse: Tensor, kl: Tensor, some: Tensor | None = None) -> None:
+        """Moves what a rule has beside the gamma2 that follows the mse; `some`: whether there was a batch at all."""
+
+    def _good(self, mse: Tensor, kl: Tensor, some: Tensor | None) -> Tensor:
+        """Whether the figures of a step are finite; those that are not are counted, unless gamma2's step does so."""
+        good = (mse + kl).isfinite()
+        if not self.follows_mse:
+            self.skipped += ~good if some is None else ~good & some
+        return good
+
+    def _advance(self, sse: Tensor, elements: Tensor, kl: Tensor, samples: Tensor) -> None:
+        if self.follows_mse:
+            ops.update_gamma2(
+                self.gamma2, self.skipped, sse, elements, decay=DECAY, floor=FLOOR, monotone=self.monotone
+            )
+        self._follow((sse / elements).float(), (kl / samples).float(), elements != 0)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Moves the state once by all that was gathered since the last call; every rank must call it."""
+        self._keep_types()
+        if group_size(self.process_group) > 1:
+            dist.all_reduce(self.pending, group=self.process_group)
+        self._advance(*self.pending.unbind())
+        self.pending.zero_()
+
+    @torch.no_grad()
+    def follow(self, mse: Tensor, kl: Tensor) -> None:
+        """In place of step(), and as it: moves the state once, by means that the caller has taken over all ranks.
+
+        Args:
+            mse: per element, a scalar on the device. kl: per sample, in nats, the same.
+        """
+        self._keep_types()
+        one = torch.ones_like(mse, dtype=torch.float64)
+        self._advance(mse.double(), one, kl.double(), one)
+        self.pending.zero_()
