@@ -109,12 +109,17 @@ def compile_cuda(nvcc: Path, folder: Path) -> list[str]:
     return objects
 
 
+def without_paths(*folders: str | Path) -> list[str]:
+    """The compiler's flags that keep these folders' names out of error messages, which name the source's file."""
+    return [f"-ffile-prefix-map={folder}/=" for folder in folders]
+
+
 def configure() -> dict:
     """What setup() needs to build the extension; nothing, with a word on why, where it cannot be built."""
     reason = None
     try:
         import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
     except ImportError:
         reason = "torch is not installed in the build environment"
     compiler = find_compiler()
@@ -128,6 +133,7 @@ def configure() -> dict:
 
     import pybind11
 
+    unnamed = without_paths(ROOT.absolute(), *include_paths(), pybind11.get_include())
     if compiler != "c++":  # torch's own default
         os.environ["CXX"] = str(compiler)
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
@@ -170,7 +176,7 @@ def configure() -> dict:
             if not path.name.startswith(("host", "image"))
         ],
         define_macros=defines,
-        extra_compile_args={"cxx": [*CXX_FLAGS, "-std=c++20"]},
+        extra_compile_args={"cxx": [*CXX_FLAGS, *unnamed, "-std=c++20"]},
         extra_link_args=link,
         depends=[
             str(path.relative_to(ROOT)) for pattern in ("*.h", "*.cuh", "*.cu") for path in sorted(CSRC.glob(pattern))
@@ -188,7 +194,7 @@ def configure() -> dict:
             ("BVAE_ARCHITECTURES", f'"{archs}"'),
             ("BVAE_FLAGS", f'"{flags}"'),
         ],
-        extra_compile_args={"cxx": ["-O2", "-g0", "-std=c++17", "-fvisibility=hidden", "-pthread"]},
+        extra_compile_args={"cxx": ["-O2", "-g0", *unnamed, "-std=c++17", "-fvisibility=hidden", "-pthread"]},
         extra_link_args=["-pthread"],
         depends=["csrc/host_rows.h"],
         language="c++",
@@ -202,7 +208,7 @@ def configure() -> dict:
         include_dirs=[pybind11.get_include()],
         define_macros=[("BVAE_JPEG", None)] if jpeg else [],
         libraries=["jpeg"] if jpeg else [],
-        extra_compile_args={"cxx": ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"]},
+        extra_compile_args={"cxx": ["-O3", "-g0", *unnamed, "-std=c++17", "-fvisibility=hidden"]},
         depends=["csrc/image_jpeg.h", "csrc/image_resize.h"],
         language="c++",
     )

@@ -1,7 +1,6 @@
 """The machine a run is on: its device, and what is written down of it."""
 
 import ctypes
-import importlib.metadata
 import os
 import platform
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+import bvae
 from bvae.errors import UserError
 
 
@@ -122,7 +122,7 @@ def prepare_process() -> None:
 
 def versions() -> dict[str, str]:
     return {
-        "bvae": importlib.metadata.version("bvae"),
+        "bvae": bvae.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
