@@ -93,7 +93,8 @@ def compile_cuda(nvcc: Path, folder: Path) -> list[str]:
     objects = []
     for source in sorted(CSRC.glob("*.cu")):
         target = folder / f"{source.name}.o"
-        command = [str(nvcc), *NVCC_FLAGS, *code_flags(architectures()), "-c", str(source), "-o", str(target)]
+        name = str(source.relative_to(ROOT))  # the working directory; kernels' assertions hold the name as given here
+        command = [str(nvcc), *NVCC_FLAGS, *code_flags(architectures()), "-c", name, "-o", str(target)]
         stamp = target.with_suffix(".command")
         newest = max(headers, source.stat().st_mtime)
         fresh = target.exists() and stamp.exists() and stamp.read_text() == shlex.join(command)
