@@ -32,8 +32,9 @@ $(STAMP): Makefile
 	$(BIN)/python -m pip install --quiet --upgrade '$(TORCH)' 'setuptools>=77' wheel ninja pybind11
 	touch '$@'
 
+# By a path that type checkers find too: they do not run the import hook of setuptools' other way.
 $(VENV)/installed: $(STAMP) pyproject.toml setup.py $(wildcard csrc/*)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation --config-settings editable_mode=compat --editable '.[test]'
 	touch $@
 
 clean:

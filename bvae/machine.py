@@ -120,6 +120,14 @@ def prepare_process() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def set_threads(n: int) -> None:
+    """Lets torch's operations take n threads on the CPU. Raises UserError for fewer than 1 or more than processors."""
+    processors = len(os.sched_getaffinity(0))
+    if not 1 <= n <= processors:
+        raise UserError(f"--threads {n}: must be from 1 to {processors}, the processors this process may use")
+    torch.set_num_threads(n)
+
+
 def versions() -> dict[str, str]:
     return {
         "bvae": bvae.__version__,

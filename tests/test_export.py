@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 def model():
     torch.manual_seed(0)
     model = TwoStageVAE(
-        Config(preset="shapes", side=4, scales=1, base=4, fc=8, latents=3, hidden=16, epochs2=0, rescale=True)
+        Config(preset="shapes", side=4, scales=1, base=4, fc=8, latents=3, hidden=16, rescale=True)
     )
     for _ in range(3):
         mu, _ = model.stage1.encoder(torch.rand(16, 3, 4, 4))
