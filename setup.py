@@ -35,6 +35,12 @@ CXX_FLAGS = [
 NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
+def without_paths(includes: list[str]) -> list[str]:
+    """Compiler flags under which an error names a file by its place in the project or in torch, not on this machine."""
+    roots = {f"{ROOT.resolve()}/": "", **{f"{path}/": "" for path in includes}}
+    return [f"-ffile-prefix-map={path}={name}" for path, name in roots.items()]
+
+
 def say(text: str) -> None:
     print(f"bvae: {text}", file=sys.stderr, flush=True)
 
@@ -93,8 +99,8 @@ def compile_cuda(nvcc: Path, folder: Path) -> list[str]:
     objects = []
     for source in sorted(CSRC.glob("*.cu")):
         target = folder / f"{source.name}.o"
-        name = str(source.relative_to(ROOT))  # the working directory; kernels' assertions hold the name as given here
-        command = [str(nvcc), *NVCC_FLAGS, *code_flags(architectures()), "-c", name, "-o", str(target)]
+        place = str(source.relative_to(ROOT))  # a failed assertion on the device names it
+        command = [str(nvcc), *NVCC_FLAGS, *code_flags(architectures()), "-c", place, "-o", str(target)]
         stamp = target.with_suffix(".command")
         newest = max(headers, source.stat().st_mtime)
         fresh = target.exists() and stamp.exists() and stamp.read_text() == shlex.join(command)
@@ -108,11 +114,6 @@ def compile_cuda(nvcc: Path, folder: Path) -> list[str]:
             stamp.write_text(shlex.join(command))
         objects.append(str(target))
     return objects
-
-
-def without_paths(*folders: str | Path) -> list[str]:
-    """The compiler's flags that keep these folders' names out of error messages, which name the source's file."""
-    return [f"-ffile-prefix-map={folder}/=" for folder in folders]
 
 
 def configure() -> dict:
@@ -134,7 +135,7 @@ def configure() -> dict:
 
     import pybind11
 
-    unnamed = without_paths(ROOT.absolute(), *include_paths(), pybind11.get_include())
+    unnamed = without_paths([pybind11.get_include()])
     if compiler != "c++":  # torch's own default
         os.environ["CXX"] = str(compiler)
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
@@ -177,7 +178,7 @@ def configure() -> dict:
             if not path.name.startswith(("host", "image"))
         ],
         define_macros=defines,
-        extra_compile_args={"cxx": [*CXX_FLAGS, *unnamed, "-std=c++20"]},
+        extra_compile_args={"cxx": [*CXX_FLAGS, *without_paths(include_paths()), "-std=c++20"]},
         extra_link_args=link,
         depends=[
             str(path.relative_to(ROOT)) for pattern in ("*.h", "*.cuh", "*.cu") for path in sorted(CSRC.glob(pattern))

@@ -17,7 +17,7 @@ COMMANDS = {
     "evaluate": ("bvae.evaluate", "measure a trained model on a test set"),
     "prior": ("bvae.prior", "fit other priors to the latents of a trained model"),
     "study": ("bvae.study", "train and compare runs over several settings or seeds"),
-    "report": ("bvae.report", "write one page on a run, or on several side by side"),
+    "report": ("bvae.report.__main__", "write one page on a run, or on several side by side"),
     "export": ("bvae.export", "write encoder and decoder for ONNX Runtime or torch.export"),
     "info": ("bvae.info", "tell the build, the devices and the versions"),
 }

@@ -36,5 +36,5 @@ def stopping(stop: Callable[[int], object]) -> Iterator[None]:
                 signal.signal(number, note)
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for changed, handler in before.items():
+            signal.signal(changed, handler)

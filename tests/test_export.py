@@ -25,9 +25,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    model = TwoStageVAE(
-        Config(preset="shapes", side=4, scales=1, base=4, fc=8, latents=3, hidden=16, rescale=True)
-    )
+    model = TwoStageVAE(Config(preset="shapes", side=4, scales=1, base=4, fc=8, latents=3, hidden=16, rescale=True))
     for _ in range(3):
         mu, _ = model.stage1.encoder(torch.rand(16, 3, 4, 4))
         model.stage1.decoder(mu)
@@ -102,7 +100,7 @@ def test_the_documents_snippet(run, monkeypatch, capsys):
     assert names["again"].shape == (8, 3, 4, 4)
 
 
-# ---- refusals, with stand-ins for the exporters -----------------------------------------------------------------------
+# ---- refusals, with stand-ins for the exporters ---------------------------------------------------------------------
 
 
 def exact(part):

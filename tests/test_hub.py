@@ -84,8 +84,10 @@ def test_a_folder_has_no_revision(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "known"),
-    [("user/name", True), ("u/n.1-x_y", True), ("name", False), ("a/b/c", False), ("./b", False), ("/b", False)]
-    + [("../b", False), ("a/", False), ("a b/c", False), ("", False), ("a/b\n", False), ("~/x", False)],
+    [
+        *[("user/name", True), ("u/n.1-x_y", True), ("name", False), ("a/b/c", False), ("./b", False), ("/b", False)],
+        *[("../b", False), ("a/", False), ("a b/c", False), ("", False), ("a/b\n", False), ("~/x", False)],
+    ],
 )
 def test_names_of_models(name, known):
     assert is_model_id(name) == known
@@ -167,5 +169,5 @@ def test_what_is_pushed_can_be_loaded(offline, monkeypatch):
     (snapshot,) = (offline / "models--somebody--faces" / "snapshots").iterdir()
     assert sorted(f.name for f in snapshot.iterdir()) == ["config.json", "model.safetensors"]
     assert same(TwoStageVAE.from_pretrained("somebody/faces"), model)
-    with pytest.raises(UserError, match="nobody/faces: 403 Forbidden: you are not this user$"):
+    with pytest.raises(UserError, match=r"nobody/faces: 403 Forbidden: you are not this user$"):
         model.push_to_hub("nobody/faces")

@@ -32,9 +32,16 @@ def main(out, batch, parts, steps):
     torch.set_num_threads(1)
     world = int(os.environ.get("WORLD_SIZE", 1))
     trainer = lightning.Trainer(
-        accelerator="cpu", devices=world, strategy="ddp" if world > 1 else "auto", max_epochs=1, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, accumulate_grad_batches=parts,
-    )  # fmt: skip
+        accelerator="cpu",
+        devices=world,
+        strategy="ddp" if world > 1 else "auto",
+        max_epochs=1,
+        accumulate_grad_batches=parts,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     model = Noiseless()
     trainer.fit(model, DataLoader(blobs(steps * 32).flatten(1), batch_size=batch))
     rank = int(os.environ.get("RANK", 0))
