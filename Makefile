@@ -16,7 +16,7 @@ VENV := .venv
 STAMP := $(VENV)/torch-$(subst $(space),_,$(subst ",,$(subst >,_,$(subst <,_,$(subst =,_,$(TORCH))))))
 BIN := $(VENV)/bin
 
-.PHONY: train test install clean
+.PHONY: train test install torch clean
 
 train: install
 	$(BIN)/python -m bvae.train $(ARGS)
@@ -25,6 +25,8 @@ test: install
 	$(BIN)/python -m pytest $(ARGS)
 
 install: $(VENV)/installed
+
+torch: $(STAMP)
 
 # Torch comes first and the build uses it as it is: an isolated build would fetch another one and compile against that.
 $(STAMP): Makefile

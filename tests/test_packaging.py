@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -135,6 +136,19 @@ def test_the_extension_names_no_folder_of_its_build(needs_extension):
     for content in built:
         for path in (f"{ROOT}/", f"{include}/"):
             assert path.encode() not in content
+
+
+def test_the_container_runs_targets_and_copies_files_that_exist():
+    text = (ROOT / "Dockerfile").read_text()
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M).group(1).split()
+    used = set(re.findall(r"\bmake (\w+)$", text, re.M))
+    assert {"train", "test", "install", "torch"} == used
+    assert used <= set(targets)
+    for source in re.findall(r"^COPY (\S+) ", text, re.M):
+        assert (ROOT / source).exists()
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert {".venv", "**/*.so"} <= set(ignored)  # built on another machine
+    assert not {"tests", "csrc", "docs", "tools", "bvae"} & set(ignored)
 
 
 USER = """
