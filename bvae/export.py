@@ -11,7 +11,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,13 +35,13 @@ Outputs = list[np.ndarray]
 
 
 class Encoder(nn.Module):
-    """Images float32 [B,C,H,W] in [0,1] -> mu, log_sigma, each [B,k]."""
+    """Images float32 [B,C,H,W] in [0,1] -> mu, log_sigma, each [B,k]; mu alone where the network is deterministic."""
 
     def __init__(self, model: TwoStageVAE) -> None:
         super().__init__()
         self.network = model.stage1.encoder
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return self.network(images)
 
 
@@ -75,8 +75,11 @@ def parts(model: TwoStageVAE) -> dict[str, Part]:
     def latents(n: int) -> Tensor:
         return torch.randn(n, c.latents, generator=generator)
 
+    encoder = Encoder(model).eval()
+    with torch.no_grad():
+        means_only = isinstance(encoder(images(1)), Tensor)
     return {
-        "encoder": Part(Encoder(model).eval(), "images", ("mu", "log_sigma"), images),
+        "encoder": Part(encoder, "images", ("mu",) if means_only else ("mu", "log_sigma"), images),
         "decoder": Part(Decoder(model).eval(), "z", ("images",), latents),
     }
 
@@ -191,21 +194,25 @@ def largest_difference(part: Part, run: Callable[[Tensor], Outputs]) -> float:
     return worst
 
 
-def describe(model: TwoStageVAE, kind: str) -> dict[str, Any]:
+def describe(model: TwoStageVAE, kind: str, exported: Mapping[str, Part]) -> dict[str, Any]:
     """The contents of export.json."""
     c = model.config
     image = {"dtype": "float32", "shape": ["batch", c.channels, c.side, c.side], "range": [0, 1]}
     latent = {"dtype": "float32", "shape": ["batch", c.latents]}
-    suffix = FORMATS[kind].suffix
+    values = {"images": image, "z": latent, "mu": latent, "log_sigma": latent}
     return {
         "format": kind,
-        "encoder": {
-            "file": f"encoder{suffix}", "inputs": {"images": image}, "outputs": {"mu": latent, "log_sigma": latent},
+        **{
+            name: {
+                "file": name + FORMATS[kind].suffix,
+                "inputs": {part.input: values[part.input]},
+                "outputs": {output: values[output] for output in part.outputs},
+            }
+            for name, part in exported.items()
         },
-        "decoder": {"file": f"decoder{suffix}", "inputs": {"z": latent}, "outputs": {"images": image}},
         "gen1_scale": model.latent_scale[0] if model.rescales else 1.0,
         "versions": {"bvae": bvae.__version__, "torch": torch.__version__},
-    }  # fmt: skip
+    }
 
 
 def export(model: TwoStageVAE, kind: str, out: Path) -> dict[str, Any]:
@@ -227,9 +234,10 @@ def export(model: TwoStageVAE, kind: str, out: Path) -> dict[str, Any]:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"cannot write {out}: {there} is not a folder to write to")
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()
-    description = describe(model, kind)
+    exported = parts(model)
+    description = describe(model, kind, exported)
     files: dict[str, bytes] = {}
-    for name, part in parts(model).items():
+    for name, part in exported.items():
         files[description[name]["file"]] = make(name, part, form, description)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)

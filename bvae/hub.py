@@ -14,7 +14,7 @@ from bvae.errors import UserError
 
 
 def is_model_id(name: str) -> bool:
-    """Whether the Hub could have a model of this name: `user/name`."""
+    """True for a name of the Hub's form, `user/name`."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None
 
 

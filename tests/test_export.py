@@ -1,5 +1,6 @@
 """The exported programs run without bvae's code, on any batch size, and are kept only if they agree with the model."""
 
+import copy
 import io
 import json
 import logging
@@ -160,6 +161,21 @@ def test_a_small_difference_is_kept_and_told(monkeypatch, capsys, saved):
     assert about["encoder"]["largest_difference"] == pytest.approx(3e-5, rel=0.1)
     assert "differs from the model by at most 3.0e-05" in capsys.readouterr().out
     assert (saved / "x" / "decoder.pt2").read_bytes() == b"data"
+
+
+def test_a_deterministic_encoder_has_one_output(monkeypatch, model, tmp_path):
+    class MeanOnly(nn.Module):
+        def __init__(self, encoder):
+            super().__init__()
+            self.encoder = encoder
+
+        def forward(self, x):
+            return self.encoder(x)[0]
+
+    other = copy.deepcopy(model)
+    other.stage1.encoder = MeanOnly(other.stage1.encoder)
+    stand_in(monkeypatch)
+    assert list(export(other, "torch", tmp_path)["encoder"]["outputs"]) == ["mu"]
 
 
 def test_a_program_of_one_batch_size_is_refused(monkeypatch, capsys, saved):

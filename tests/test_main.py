@@ -124,7 +124,7 @@ def test_nothing_is_imported_that_is_not_needed(code):
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
-    """Of a short training run, on a file whose name is not UTF-8."""
+    """The options of a short training run, on a file whose name is not UTF-8."""
     path = tmp_path_factory.mktemp("data") / os.fsdecode(b"d\xe9t.npy")
     np.save(path, np.random.default_rng(0).integers(0, 255, (120, 16, 16, 3), np.uint8))
     return ["--preset", "cifar10", "--data", str(path), *TINY, "--epochs", "1", "--epochs2", "0"]

@@ -1,4 +1,4 @@
-"""What is installed: the version, types, files, and no trace of the machine that built it."""
+"""The installed package: its version, types and files, and no trace of the machine that built it."""
 
 import ast
 import os

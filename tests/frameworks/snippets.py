@@ -19,7 +19,7 @@ def run(heading: str, **names: Any) -> dict[str, Any]:
 
 
 def classes(heading: str) -> dict[str, Any]:
-    """What the snippet defines before it uses it: its imports and classes."""
+    """The names that the snippet defines before it uses them: its imports and its class."""
     section = TEXT.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, re.S)
     names: dict[str, Any] = {"__name__": "snippet"}
