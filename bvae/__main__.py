@@ -11,7 +11,6 @@ from bvae.errors import run_command
 COMMANDS = {
     "train": ("bvae.train", "train a two-stage VAE, or go on with an interrupted run"),
     "prep": ("bvae.data.prep", "turn a folder or an archive of images into a prepared store"),
-    "prep-celeba": ("bvae.data.prep_celeba", "the same for CelebA, with the paper's crop, size and split"),
     "fid": ("bvae.fid", "measure the Frechet Inception distance between two sets of images"),
     "sample": ("bvae.sample", "draw images from a trained model"),
     "evaluate": ("bvae.evaluate", "measure a trained model on a test set"),
