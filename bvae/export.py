@@ -23,7 +23,8 @@ from torch import Tensor, nn
 import bvae
 from bvae.errors import UserError, run_command
 from bvae.files import encode_json, exists, write_atomically, writing
-from bvae.two_stage import TwoStageVAE, load
+from bvae.run.folder import load
+from bvae.two_stage import TwoStageVAE
 
 BATCHES = (1, 2, 7)  # sizes at which the outputs are compared
 TOLERANCE = 1e-4  # of the largest difference, against the larger of 1 and the largest output; float32 throughout
@@ -70,7 +71,7 @@ def parts(model: TwoStageVAE) -> dict[str, Part]:
     c = model.config
 
     def images(n: int) -> Tensor:
-        return torch.rand(n, c.channels, c.side, c.side, generator=generator)
+        return torch.rand(n, *c.image_shape, generator=generator)
 
     def latents(n: int) -> Tensor:
         return torch.randn(n, c.latents, generator=generator)
@@ -197,7 +198,7 @@ def largest_difference(part: Part, run: Callable[[Tensor], Outputs]) -> float:
 def describe(model: TwoStageVAE, kind: str, exported: Mapping[str, Part]) -> dict[str, Any]:
     """The contents of export.json."""
     c = model.config
-    image = {"dtype": "float32", "shape": ["batch", c.channels, c.side, c.side], "range": [0, 1]}
+    image = {"dtype": "float32", "shape": ["batch", *c.image_shape], "range": [0, 1]}
     latent = {"dtype": "float32", "shape": ["batch", c.latents]}
     values = {"images": image, "z": latent, "mu": latent, "log_sigma": latent}
     return {
