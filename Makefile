@@ -16,7 +16,7 @@ VENV := .venv
 STAMP := $(VENV)/torch-$(subst $(space),_,$(subst ",,$(subst >,_,$(subst <,_,$(subst =,_,$(TORCH))))))
 BIN := $(VENV)/bin
 
-.PHONY: train test install clean
+.PHONY: train test install torch clean
 
 train: install
 	$(BIN)/python -m bvae.train $(ARGS)
@@ -26,14 +26,17 @@ test: install
 
 install: $(VENV)/installed
 
+torch: $(STAMP)
+
 # Torch comes first and the build uses it as it is: an isolated build would fetch another one and compile against that.
 $(STAMP): Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade '$(TORCH)' 'setuptools>=77' wheel ninja pybind11
 	touch '$@'
 
+# By a path that type checkers find too: they do not run the import hook of setuptools' other way.
 $(VENV)/installed: $(STAMP) pyproject.toml setup.py $(wildcard csrc/*)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation --config-settings editable_mode=compat --editable '.[test]'
 	touch $@
 
 clean:

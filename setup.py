@@ -135,6 +135,7 @@ def configure() -> dict:
 
     import pybind11
 
+    unnamed = without_paths([pybind11.get_include()])
     if compiler != "c++":  # torch's own default
         os.environ["CXX"] = str(compiler)
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
@@ -195,7 +196,7 @@ def configure() -> dict:
             ("BVAE_ARCHITECTURES", f'"{archs}"'),
             ("BVAE_FLAGS", f'"{flags}"'),
         ],
-        extra_compile_args={"cxx": ["-O2", "-g0", "-std=c++17", "-fvisibility=hidden", "-pthread"]},
+        extra_compile_args={"cxx": ["-O2", "-g0", *unnamed, "-std=c++17", "-fvisibility=hidden", "-pthread"]},
         extra_link_args=["-pthread"],
         depends=["csrc/host_rows.h"],
         language="c++",
@@ -209,7 +210,7 @@ def configure() -> dict:
         include_dirs=[pybind11.get_include()],
         define_macros=[("BVAE_JPEG", None)] if jpeg else [],
         libraries=["jpeg"] if jpeg else [],
-        extra_compile_args={"cxx": ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"]},
+        extra_compile_args={"cxx": ["-O3", "-g0", *unnamed, "-std=c++17", "-fvisibility=hidden"]},
         depends=["csrc/image_jpeg.h", "csrc/image_resize.h"],
         language="c++",
     )

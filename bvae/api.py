@@ -2,11 +2,8 @@
 
 import dataclasses
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from bvae.data import Dataset
 from bvae.engine.trainer import Trainer
 from bvae.errors import Interrupted, UserError
 from bvae.files import exists
+from bvae.interrupts import stopping
 from bvae.machine import has_bf16
 from bvae.models.vae import CUSTOM, Network, first_stage, latents_of
 from bvae.report.panels import draw
@@ -191,7 +189,11 @@ def complete(trainer: Trainer) -> Views | None:
 
     Raises Interrupted where a signal has asked for the end, and the state is saved.
     """
-    with stopping(trainer), trainer.log:
+
+    def stop(number: int) -> None:
+        trainer.stop = number
+
+    with stopping(stop), trainer.log:
         results = trainer.run()
         if not trainer.world.first:
             return None
@@ -199,25 +201,3 @@ def complete(trainer: Trainer) -> Views | None:
         for name in trainer.config.prior:
             trainer.log.note(f"prior {name}: {fit_prior_of(folder, trainer.model, data, name, trainer.config.seed)}")
         return draw(folder, trainer.model, data, results, trainer.log, trainer.finished_epochs)
-
-
-@contextmanager
-def stopping(trainer: Trainer) -> Iterator[None]:
-    """Lets SIGINT and SIGTERM end the training after the step under way; a second one ends the process at once.
-
-    Handlers of before are put back at the end. Outside the main thread, where no handler can be set, it does nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, _: Any) -> None:
-        trainer.stop = number
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)

@@ -34,6 +34,22 @@ class Linear(Halved, nn.Linear):
         return F.linear(x, half_of(self.weight), self.bias)
 
 
+def widened(x: Tensor) -> Tensor:
+    """`x` in float32, where it is of a narrower type."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Head(nn.Linear):
+    """A dense layer in float32, whatever the autocast; weights of a narrower type are widened for it.
+
+    For what must not be rounded to bf16, such as a posterior: that moves the KL of a sharp latent by percents.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(widened(x), widened(self.weight), widened(self.bias))
+
+
 class Copies:
     """bf16 copies of weights, which their layers compute with inside `with`, and nowhere else.
 

@@ -75,7 +75,7 @@ class BatchNormReLU(BatchNorm2d):
     """The same, followed by a ReLU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.gather is not None:
+        if not self.training or self.gather is not None or self.weight.dtype != torch.float32:
             return F.relu(super().forward(x))
         self.running_weight.lerp_(torch.ones_like(self.running_weight), self.momentum)
         return ops.batch_norm_relu(

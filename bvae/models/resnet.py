@@ -4,14 +4,13 @@ import math
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bvae.config.registry import Part
 from bvae.errors import UserError
 from bvae.models.conv import Conv3x3, ConvTranspose3x3
-from bvae.models.half import Linear
+from bvae.models.half import Head, Linear, widened
 from bvae.models.norm import BatchNormReLU
 
 if TYPE_CHECKING:
@@ -77,8 +76,8 @@ class ResNetEncoder(nn.Module):
                 self.downsample.append(Conv3x3(width, 2 * width, stride=2))
                 width *= 2
         self.fc = DenseResidualBlock(width, fc)
-        self.mu = nn.Linear(fc, latents)
-        self.log_sigma = nn.Linear(fc, latents)
+        self.mu = Head(fc, latents)
+        self.log_sigma = Head(fc, latents)
         glorot_(self)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,11 +86,8 @@ class ResNetEncoder(nn.Module):
             y = scale(y)
             if i < len(self.downsample):
                 y = self.downsample[i](y)
-        h = self.fc(y.mean((2, 3)))
-        # The posterior stays in fp32: rounding log_sigma to bf16 moves the KL of a sharp latent by percents.
-        with torch.autocast(h.device.type, enabled=False):
-            h = h.float()
-            return self.mu(h), self.log_sigma(h)
+        h = widened(self.fc(y.mean((2, 3))))
+        return self.mu(h), self.log_sigma(h)
 
 
 class ResNetDecoder(nn.Module):
