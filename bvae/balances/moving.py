@@ -70,17 +70,15 @@ class MovingLoss(GaussianVAELoss):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "pending"] = self.pending
+        if self.pending.any():  # else left out: diffusers and accelerate load no name that is not a buffer's
+            destination[prefix + "pending"] = self.pending
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         pending = state_dict.pop(prefix + "pending", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.pending.zero_()
         if pending is not None:
-            self.pending.zero_()[: len(pending)] = pending.to(self.pending)  # of the first versions: sse and elements
-        else:
-            _, strict, missing = args[0], args[1], args[2]
-            if strict:
-                missing.append(prefix + "pending")
+            self.pending[: len(pending)] = pending.to(self.pending)  # of the first versions: sse and elements
 
     # ---- when it moves --------------------------------------------------------------------------------------------
 
