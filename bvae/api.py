@@ -14,10 +14,10 @@ from torch import Tensor
 from bvae.config import Config, find_preset
 from bvae.config.registry import Part, networks, part_settings
 from bvae.data import Dataset
+from bvae.engine.interrupts import stopping
 from bvae.engine.trainer import Trainer
 from bvae.errors import Interrupted, UserError
 from bvae.files import exists
-from bvae.interrupts import stopping
 from bvae.machine import has_bf16
 from bvae.models.vae import CUSTOM, Network, first_stage, latents_of
 from bvae.report.panels import draw

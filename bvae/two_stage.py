@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bvae import hub, ops
+from bvae import ops
 from bvae.config import Config
 from bvae.errors import UserError
 from bvae.files import encode_json, exists, write_atomically, writing
 from bvae.metrics.latent import latent_variances, variance_law
 from bvae.models.half import widened
 from bvae.models.vae import Network, first_stage, second_stage
+from bvae.run import hub
 from bvae.run.checkpoint import digest, encode_tensors, read_tensors
 from bvae.seeds import derive
 

@@ -11,7 +11,7 @@ from huggingface_hub import constants, errors
 import bvae
 from bvae.config import Config
 from bvae.errors import UserError
-from bvae.hub import is_model_id
+from bvae.run.hub import is_model_id
 from bvae.two_stage import TwoStageVAE
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

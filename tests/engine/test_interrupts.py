@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from bvae.interrupts import STOP_SIGNALS, stopping
+from bvae.engine.interrupts import STOP_SIGNALS, stopping
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +82,7 @@ def test_in_another_thread_the_block_runs_without_handlers():
 
 SECOND = """
 import os, signal
-from bvae.interrupts import stopping
+from bvae.engine.interrupts import stopping
 signal.signal(signal.SIGINT, signal.{before})
 with stopping(lambda number: print("noted", flush=True)):
     os.kill(os.getpid(), signal.SIGINT)
