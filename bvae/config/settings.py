@@ -53,6 +53,10 @@ class DataSettings:
     """1 (grey) or 3 (RGB)."""
     crop: int | Literal["square", "none"] = "square"
     """Part of an encoded image that is kept: side of the centred square, `square` (the largest) or `none` (all)."""
+    partition: str | None = _free(default=None)
+    """Which image is for what: a list `name 0`, 1 (val) or 2 (test); `folders`, by their names; `none`, all one set."""
+    split: str | None = _free(default=None)
+    """Fractions of train, val and test of encoded images instead, as 0.8,0.1,0.1, at random by --data-seed."""
     jpeg_roundtrip: bool = False
     """Pass every image through JPEG (quality 75, 4:2:0) first, as both reference implementations do for CIFAR-10."""
     data_seed: int = 0
