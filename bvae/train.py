@@ -243,4 +243,4 @@ def train(argv: list[str], world: World) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "use a smaller --batch, or --amp")
