@@ -7,7 +7,7 @@ IEEE Access 8, 2020 (arXiv 2002.07514). Noise: Philox4x32-10 of Salmon et al., S
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -161,6 +161,28 @@ def gaussian_nll(sse: Tensor, gamma2: Tensor, batch: int, per_sample: int) -> Te
     return sse / (2 * batch * gamma2) + constant if batch else sse + constant
 
 
+class _Times(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.factor = factor
+        return x * factor
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def _times(x: Tensor, factor: Tensor) -> Tensor:
+    """x * factor, where factor is a constant in the gradient that comes from a state.
+
+    The plain product would save the factor for its backward, and activation checkpointing would make it again from the
+    state after the step.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return x * factor
+    return _Times.apply(x, factor)
+
+
 def unit_target(target: Tensor, dtype: torch.dtype) -> Tensor:
     """A loss's target in `dtype`, without gradient: uint8 as value / 255."""
     x = target.detach().to(dtype)
@@ -221,10 +243,10 @@ def balanced_loss(
     mse = (sse / max(numel, 1)).detach()
     used = gamma2_in_use(_before(gamma2.detach()).reshape(()), mse, floor)
     g2, kl = used.to(sums), kl.to(sums).reshape(())
-    nll = gaussian_nll(sse, g2, batch, per_sample)
+    nll = gaussian_nll(_times(sse, 1 / g2), torch.ones_like(g2), batch, per_sample) + 0.5 * per_sample * g2.log()
     kl_mean = kl / batch if batch else 0 * kl
     moved = torch.ones_like(used) if weight is None else _before(weight.detach()).reshape(())
-    loss = nll + kl_weight * moved.to(sums) * kl_mean
+    loss = nll + _times(kl_mean, kl_weight * moved.to(sums))
     with torch.no_grad():
         stats = torch.stack([mse.float(), kl_mean.float(), used, nll.float()])
     if update:

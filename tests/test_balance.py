@@ -462,7 +462,7 @@ def test_reset_parameters_after_the_meta_device(make, gamma2):
     with torch.device("meta"):
         loss = make()
     loss.to_empty(device="cpu")
-    for t in [*loss.parameters(), *loss.buffers(), *([loss.pending] if hasattr(loss, "pending") else [])]:
+    for t in [*loss.parameters(), *loss.buffers(), *([loss.sums] if hasattr(loss, "sums") else [])]:
         t.data.fill_(77)
     loss.reset_parameters()
     assert loss.skipped.item() == 0
@@ -494,7 +494,7 @@ def test_activation_checkpointing_moves_once_and_keeps_the_gradient(mse, kwargs)
                 loss = checkpoint(run, recon, mu, use_reentrant=how == "reentrant")
             loss.backward()
         ours.step()
-        found[how] = torch.stack([ours.gamma2, recon.grad[0, 0], mu.grad[0, 0], ours.pending.sum().float()])
+        found[how] = torch.stack([ours.gamma2, recon.grad[0, 0], mu.grad[0, 0], ours.sums.sum().float()])
     for how, tensors in found.items():
         close(tensors, found["plain"], rtol=1e-6), how
 

@@ -81,12 +81,19 @@ class GaussianVAELoss(nn.Module):
         """
         return {name: buffer for name, buffer in self.named_buffers() if name != "skipped"}
 
+    def __getattr__(self, name: str) -> Any:
+        # Some frameworks set tensors of another type past `_apply`; whoever reads the state gets it as it must be.
+        value = super().__getattr__(name)
+        dtype = self.__dict__.get("_types", {}).get(name)
+        if dtype is not None and value.dtype != dtype:
+            value = value.to(dtype)
+            setattr(self, name, value)
+        return value
+
     def _keep_types(self) -> None:
-        """Makes the state float32 again where a framework has set tensors of another type past `_apply`."""
-        for name, dtype in self._types.items():
-            tensor = getattr(self, name)
-            if tensor.dtype != dtype:
-                setattr(self, name, tensor.to(dtype))
+        """Makes all of the state what it must be, for those who read it past `__getattr__`."""
+        for name in self._types:
+            getattr(self, name)
 
     def _unregistered(self) -> tuple[str, ...]:
         """Names of tensors that move with the module but are no buffers."""
@@ -99,7 +106,7 @@ class GaussianVAELoss(nn.Module):
             kept[name] = getattr(self, name)
             setattr(self, name, fn(kept[name]))
         for name, tensor in kept.items():  # .half() and .bfloat16() move the state but do not round it
-            moved = getattr(self, name)
+            moved: Any = self._buffers[name] if name in self._buffers else getattr(self, name)
             if moved.dtype != tensor.dtype:
                 setattr(self, name, tensor.to(moved.device))
         return self

@@ -44,6 +44,8 @@ class BalancedLoss(MovingLoss):
     State: `gamma2` and `skipped` (and the pending sums): in state_dict, moved by `.to()`, float32 whatever the model.
     """
 
+    pending_sums = 2
+
     def __init__(
         self,
         kl_weight: float | Literal["auto"] = 1.0,

@@ -43,7 +43,7 @@ class GecoLoss(MovingLoss):
         logits: bool = True,
         *,
         target: float,
-        rate: float = 0.01,
+        rate: float = 0.05,
         accumulate: bool = False,
         manual: bool = False,
         process_group: dist.ProcessGroup | None = None,
@@ -80,7 +80,7 @@ class GecoSettings:
 
     geco_target: float = 0.01
     """The mean squared error per element to reach."""
-    geco_rate: float = 0.01
+    geco_rate: float = 0.05
     """Change of log gamma^2 a step where the error is twice the target."""
 
     arguments: ClassVar[dict[str, str]] = {"geco_target": "target", "geco_rate": "rate"}

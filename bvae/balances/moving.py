@@ -1,7 +1,7 @@
 """What the balances whose state follows the batches share: when it moves, and by which figures, of how many ranks."""
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -28,10 +28,12 @@ class MovingLoss(GaussianVAELoss):
         manual: gather nothing; the caller moves the state by `follow`, with figures of its own.
         process_group: the ranks that train one model together; None for all.
 
-    State: buffers, and the sums gathered so far, `pending`: in state_dict, moved by `.to()`.
+    State: buffers; the sums gathered so far, `sums`, are `pending` in state_dict.
     """
 
     pending: Tensor
+    pending_sums: ClassVar[int] = 4
+    """how many of the sums are saved: squares, elements, KL, samples"""
 
     def __init__(
         self,
@@ -58,27 +60,37 @@ class MovingLoss(GaussianVAELoss):
         self.accumulate = accumulate
         self.manual = manual
         self.process_group = process_group
-        # sse, elements, KL, samples. No buffer: DistributedDataParallel would overwrite it with that of rank 0.
-        self.pending = torch.zeros(4, dtype=torch.float64)
+        # The live sums are no buffer: DistributedDataParallel overwrites buffers with rank 0's before each pass. The
+        # buffer `pending` is their copy for state_dict.
+        self.sums = torch.zeros(4, dtype=torch.float64)
+        self._types["pending"] = torch.float64
+        self.register_buffer("pending", torch.zeros(self.pending_sums, dtype=torch.float64))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         self.pending.zero_()
+        self.sums.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in super().state().items() if name != "pending"}
 
     def _unregistered(self) -> tuple[str, ...]:
-        return (*super()._unregistered(), "pending")
+        return (*super()._unregistered(), "sums")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._keep_types()
+        with torch.no_grad():
+            self.pending.copy_(self.sums[: self.pending_sums])
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.pending.any():  # else left out: diffusers and accelerate load no name that is not a buffer's
-            destination[prefix + "pending"] = self.pending
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        pending = state_dict.pop(prefix + "pending", None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self.pending.zero_()
-        if pending is not None:
-            self.pending[: len(pending)] = pending.to(self.pending)  # of the first versions: sse and elements
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.sums.zero_()[: self.pending_sums] = self.pending
+
+    def _place_sums(self) -> None:
+        """Moves the sums to the state's device where a loader has moved that past `_apply`."""
+        if self.sums.device != self.gamma2.device:
+            self.sums = self.pending.new_zeros(4) if self.sums.is_meta else self.sums.to(self.gamma2.device)
 
     # ---- when it moves --------------------------------------------------------------------------------------------
 
@@ -114,7 +126,8 @@ class MovingLoss(GaussianVAELoss):
         elif moves:
             with torch.no_grad():
                 counts = [torch.full_like(sse, n, dtype=torch.float64) for n in (recon.numel(), len(recon))]
-                self.pending.add_(torch.stack([sse.double(), counts[0], kl.sum().double(), counts[1]]))
+                self._place_sums()
+                self.sums.add_(torch.stack([sse.double(), counts[0], kl.sum().double(), counts[1]]))
             if not self.accumulate:
                 self.step()
         return loss
@@ -146,10 +159,11 @@ class MovingLoss(GaussianVAELoss):
     def step(self) -> None:
         """Moves the state once by all that was gathered since the last call; every rank must call it."""
         self._keep_types()
+        self._place_sums()
         if group_size(self.process_group) > 1:
-            dist.all_reduce(self.pending, group=self.process_group)
-        self._advance(*self.pending.unbind())
-        self.pending.zero_()
+            dist.all_reduce(self.sums, group=self.process_group)
+        self._advance(*self.sums.unbind())
+        self.sums.zero_()
 
     @torch.no_grad()
     def follow(self, mse: Tensor, kl: Tensor) -> None:
@@ -161,4 +175,4 @@ class MovingLoss(GaussianVAELoss):
         self._keep_types()
         one = torch.ones_like(mse, dtype=torch.float64)
         self._advance(mse.double(), one, kl.double(), one)
-        self.pending.zero_()
+        self.sums.zero_()
