@@ -85,9 +85,8 @@ class GaussianVAELoss(nn.Module):
         # Some frameworks set tensors of another type past `_apply`; whoever reads the state gets it as it must be.
         value = super().__getattr__(name)
         dtype = self.__dict__.get("_types", {}).get(name)
-        if dtype is not None and value.dtype != dtype:
-            value = value.to(dtype)
-            setattr(self, name, value)
+        if dtype is not None and isinstance(value, Tensor) and value.dtype != dtype:
+            self._buffers[name] = value = value.to(dtype)
         return value
 
     def _keep_types(self) -> None:
