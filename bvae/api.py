@@ -18,7 +18,7 @@ from bvae.engine.interrupts import stopping
 from bvae.engine.trainer import Trainer
 from bvae.errors import Interrupted, UserError
 from bvae.files import exists
-from bvae.machine import has_bf16
+from bvae.machine import has_bf16, set_threads
 from bvae.models.vae import CUSTOM, Network, first_stage, latents_of
 from bvae.report.panels import draw
 from bvae.report.views import Views
@@ -166,6 +166,8 @@ def make_trainer(
     Raises UserError for all that can be refused, before anything is written.
     """
     world = world or World().connect(config.device)
+    if config.threads is not None:
+        set_threads(config.threads)
     data = data.hold_out(config.val, config.data_seed) if config.val else data
     check_data(config, data, world)
     require(config.logger)

@@ -163,7 +163,7 @@ FREE = {
     "data", "partition", "split",
     "epochs", "epochs2", "max_steps", "device", "graph", "compile", "stream", "eval_every", "eval_images",
     "log_every", "checkpoint_seconds",
-    "logger", "prior", "fid_every", "fid_num", "fid_protocol", "inception", "allow_few",
+    "logger", "prior", "threads", "fid_every", "fid_num", "fid_protocol", "inception", "allow_few",
 }  # fmt: skip
 
 

@@ -180,6 +180,8 @@ class MachineSettings:
     """Train in bf16 where the device has units for it; everything is fp32 where not, and without this."""
     device: Literal["auto", "cpu", "cuda"] = _free(default="auto")
     """Where to train; auto takes CUDA when there is one."""
+    threads: int | None = _free(default=None)
+    """Threads of torch on the CPU; by default one a core. Results differ by roundings."""
     graph: bool = _free(default=True)
     """On CUDA, replay whole steps from a CUDA graph; the numbers do not depend on it."""
     compile: bool | None = _free(default=None)

@@ -1,4 +1,4 @@
-"""The number of threads that a CPU's steps take: all of this process, or one where other work keeps the cores busy.
+"""A look at the threads of a CPU's steps: whether other work keeps the cores busy, so that one would be faster.
 
 OpenMP's threads wait for each other at the end of every operation. Where one of them shares its core with another
 program, all wait for it, and two threads can be several times slower than one.
@@ -11,10 +11,14 @@ from typing import NamedTuple
 
 import torch
 
-from bvae.machine import set_threads
+from bvae.batches.resident import Batches
+from bvae.engine.compiling import MIN_STAGE_STEPS
+from bvae.engine.graph import undone
+from bvae.engine.step import Step
 
 STEPS = 2  # of a turn
 ROUNDS = 3
+LOOK_STEPS = 1 + 2 * ROUNDS * STEPS  # at most, of one look
 BUSY = 1.25  # times as long a step with all threads as with one, from which the cores count as busy
 
 
@@ -65,31 +69,25 @@ def look(run: Callable[[int], object], clock: Callable[[], float] = time.perf_co
     return Look(threads, statistics.median(times[threads]), statistics.median(times[1]), ratio)
 
 
-def choose_threads(
-    run: Callable[[int], object],
-    wanted: int | None,
-    note: Callable[[str], None],
-    clock: Callable[[], float] = time.perf_counter,
-) -> int:
-    """Sets and returns the number of threads for the steps of a run; to be called once, before its first step.
+def note_busy_cores(batches: Batches, step: Step, total: int, note: Callable[[str], None]) -> None:
+    """Says where one thread would be faster: on a CPU whose cores other work keeps busy, where a long stage begins.
 
-    Keep the number with the run and give it as `wanted` on a resume: sums over other numbers of threads differ by
-    roundings.
+    Changes nothing else: the steps that it times are undone. To be called in training mode.
 
     Args:
-        run: as in `look`.
-        wanted: the number; None leaves it as it is, or takes one thread where that is faster on these busy cores.
-        note: is told in a line where one thread was taken.
-
-    Raises:
-        UserError: for a `wanted` that this process cannot have.
+        total: steps of the stage.
     """
-    if wanted is not None:
-        set_threads(wanted)
-        return wanted
-    found = look(run, clock)
-    if found is None or not found.busy:
-        return torch.get_num_threads()
-    set_threads(1)
-    note(f"one thread: other work keeps the cores busy, {found} (--threads {found.threads} keeps them)")
-    return 1
+    alone = batches.device.type == "cpu" and step.world.size == 1
+    if not alone or total < MIN_STAGE_STEPS or batches.steps <= LOOK_STEPS:
+        return
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            batches.fetch()
+            step(*batches.draw())
+
+    with undone(batches, step):
+        batches.begin(0)
+        found = look(run)
+    if found is not None and found.busy:
+        note(f"{found}: other work keeps the cores busy, and --threads 1 would be faster")

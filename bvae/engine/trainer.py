@@ -13,6 +13,7 @@ from bvae.engine.compiling import choose_way
 from bvae.engine.graph import Runner
 from bvae.engine.saving import Saver
 from bvae.engine.step import Step
+from bvae.engine.threads import note_busy_cores
 from bvae.errors import Interrupted, UserError
 from bvae.machine import training_kernels
 from bvae.run.checkpoint import LAST, under
@@ -165,6 +166,8 @@ class Trainer:
         def note(text: str) -> None:
             self.log.note(f"stage {self.stage.number}: {text}")
 
+        if self.steps == 0 and self.config.threads is None:
+            note_busy_cores(self.stage.batches, self.step, self.stage.schedule.steps, note)
         wanted = self.compiled if self.config.compile is None else self.config.compile
         batches, total = self.stage.batches, self.stage.schedule.steps
         runner, self.compiled = choose_way(batches, self.step, self.config.graph, wanted, total, note)
@@ -216,6 +219,8 @@ class Trainer:
             record |= stage.fid()
         self.step.moved.undo(kept, torch.zeros((), dtype=torch.bool, device=self.device))
         self.log.epoch(record)
+        if (remark := stage.remark(record)) is not None:
+            self.log.note(f"stage {stage.number}: {remark}")
 
     @property
     def finished_epochs(self) -> int:

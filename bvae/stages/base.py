@@ -83,6 +83,10 @@ class Stage(ABC):
     def prepare_scores(self) -> None:  # noqa: B027 (most stages have nothing to prepare)
         """Makes the model fit to be scored in mid-training; the loop puts its buffers back afterwards."""
 
+    def remark(self, record: dict[str, Any]) -> str | None:
+        """A line for the run's output about an epoch's figures, where they call for one."""
+        return None
+
     def fid(self) -> dict[str, Any]:
         """FIDs for the epoch's line in metrics.jsonl; nothing where they are not asked for."""
         return {}

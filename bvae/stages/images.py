@@ -24,6 +24,9 @@ from bvae.stages.objective import Noise, Objective
 from bvae.two_stage import TwoStageVAE
 from bvae.world import World
 
+SETTLED = 0.45, 0.55  # of sse/(2 gamma2 D), which is 1/2 where gamma2 is the error
+FOLLOWING = ("computed", "learned", "optimal")  # balances whose gamma2 follows the error
+LONG = 5  # epochs
 EPOCH_BN_BATCHES = 50  # enough for a point on a curve; the final figures take --bn-batches
 
 
@@ -74,6 +77,7 @@ class ImageStage(Stage):
         self.amp = amp
         self.scorer = fid
         self.world = world
+        self.unsettled = 0
 
     def score(self) -> Scored:
         record: dict[str, Any] = {}
@@ -87,6 +91,18 @@ class ImageStage(Stage):
         assert chosen is not None
         elements = math.prod(self.test.shape[1:])
         return Scored(record, bound(elements, chosen.figures["mse_sampled"], chosen.figures["kl"]))
+
+    def remark(self, record: dict[str, Any]) -> str | None:
+        """A word, once, where a gamma that follows the error has been off it for long."""
+        balance = record.get("balance", 0.5)
+        settled = SETTLED[0] <= balance <= SETTLED[1] or self.config.balance not in FOLLOWING
+        self.unsettled = 0 if settled else self.unsettled + 1
+        if self.unsettled != LONG:
+            return None
+        return (
+            f"sse/(2 gamma2 D) is {balance:.2f}, outside {SETTLED[0]:.2f}-{SETTLED[1]:.2f} for {LONG} epochs: gamma "
+            "has not settled (docs/method.md says when it does)"
+        )
 
     def fid(self) -> dict[str, Any]:
         return {} if self.scorer is None else self.scorer.curve(self.whole, 1, self.config.seed)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bvae import machine
-from bvae.engine.threads import ROUNDS, STEPS, choose_threads, look
+from bvae.engine.threads import ROUNDS, STEPS, look
 from bvae.errors import UserError
 from bvae.machine import set_threads
 
@@ -38,22 +38,19 @@ def threads(monkeypatch):
     torch.set_num_threads(before)
 
 
-def test_busy_cores_get_one_thread_and_a_word():
-    steps, said = Steps({4: 0.9, 1: 0.2}), []
-    assert choose_threads(steps.run, None, said.append, steps.clock) == 1
-    assert torch.get_num_threads() == 1
-    (line,) = said
-    assert "a step takes 900.0 ms with 4 threads and 200.0 ms with one" in line
-    assert "--threads 4 keeps them" in line
+def test_busy_cores_are_noticed():
+    steps = Steps({4: 0.9, 1: 0.2})
+    found = look(steps.run, steps.clock)
+    assert found.busy and torch.get_num_threads() == 4
+    assert str(found) == "a step takes 900.0 ms with 4 threads and 200.0 ms with one"
     assert steps.calls == [(4, 1), *[(4, STEPS), (1, STEPS)] * ROUNDS]
 
 
 @pytest.mark.parametrize("seconds", [{4: 0.1, 1: 0.3}, {4: 0.19, 1: 0.2}, {4: 0.24, 1: 0.2}])
-def test_quiet_cores_keep_all_threads(seconds):
-    steps, said = Steps(seconds), []
-    assert choose_threads(steps.run, None, said.append, steps.clock) == 4
+def test_quiet_cores_are_not_called_busy(seconds):
+    steps = Steps(seconds)
+    assert not look(steps.run, steps.clock).busy
     assert torch.get_num_threads() == 4
-    assert not said
     if seconds[4] <= seconds[1]:
         assert len(steps.calls) == 3  # the first round has told
 
@@ -65,19 +62,10 @@ def test_one_hiccup_is_not_busy():
     assert found.seconds == pytest.approx(0.1)
 
 
-def test_a_wanted_number_is_set_and_nothing_is_tried():
-    steps, said = Steps({}), []
-    assert choose_threads(steps.run, 2, said.append, steps.clock) == 2
-    assert torch.get_num_threads() == 2
-    assert not said
-    assert not steps.calls
-
-
 def test_one_thread_is_not_tried():
     torch.set_num_threads(1)
     steps = Steps({})
     assert look(steps.run, steps.clock) is None
-    assert choose_threads(steps.run, None, pytest.fail, steps.clock) == 1
     assert not steps.calls
 
 
