@@ -9,6 +9,8 @@ import torch
 import bvae
 from bvae.config.registry import balances, networks
 from bvae.errors import UserError
+from bvae.models import priors
+from bvae.run.checkpoint import load_checkpoint
 
 PAGE = (Path(__file__).parent.parent / "docs/extending.md").read_text()
 SHORT = {"epochs": 2, "epochs2": 1, "batch": 40, "hidden": 8, "latents": 3, "lr": 1e-3, "bn_batches": 3}
@@ -24,6 +26,7 @@ def examples():
     yield names
     networks.remove("pyramid")
     balances.remove("median")
+    del priors._ADDED["scaled"]
 
 
 def test_the_network_trains_with_its_setting(examples, tmp_path):
@@ -48,6 +51,16 @@ def test_the_balance_trains_and_is_undone_and_resumed(examples, tmp_path):
     whole = bvae.fit(images, balance="median", out=tmp_path / "whole", **SHORT | {"epochs2": 3}, **sizes)
     for name, t in whole.model.state_dict().items():
         assert torch.equal(longer.model.state_dict()[name], t), name
+
+
+def test_the_prior_is_fitted_saved_and_sampled(examples, tmp_path):
+    images = examples["dataset"]["load_stripes"]()
+    sizes = {"scales": 2, "base": 2, "fc": 4}
+    run = bvae.fit(images, prior=("scaled",), out=tmp_path / "run", **SHORT, **sizes)
+    again = bvae.Run(run.folder)
+    assert torch.equal(again.sample_prior("scaled", 3), run.sample_prior("scaled", 5)[:3])
+    _, description = load_checkpoint(run.folder / "priors/scaled.safetensors")
+    assert description["figures"]["s"] == pytest.approx(1, abs=0.1), "whitened"
 
 
 def test_the_data_set_has_its_own_digest(examples):
