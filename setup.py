@@ -1,8 +1,7 @@
 """Builds bvae's extension: one `bvae._C` for CPU and CUDA on LibTorch's stable ABI, `bvae._host` and `bvae._image`.
 
 Environment:
-    CUDA_HOME               the CUDA toolkit; otherwise /usr/local/cuda. An nvcc that is only on PATH is not used: it is
-                            often a distribution's, of another version than the toolkit beside it.
+    CUDA_HOME               the CUDA toolkit; otherwise /usr/local/cuda, then that of the nvcc on PATH.
     BVAE_CUDA=0             build without CUDA kernels even where nvcc is.
     BVAE_JPEG=0             leave JPEG files to Pillow even where libjpeg-turbo's header is (Debian: libjpeg-dev).
     BVAE_CUDA_ARCHS=80;90   compute capabilities to compile for (default 80;90;100). The newest is also kept as PTX.
@@ -23,6 +22,7 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
+USUAL_CUDA = "/usr/local/cuda"
 CXX_FLAGS = [
     "-O3",
     "-g0",  # Python's own flags ask for debug information, most of the file
@@ -57,10 +57,19 @@ def find_nvcc() -> Path | None:
     """The CUDA compiler, or None where there is none or BVAE_CUDA=0."""
     if os.environ.get("BVAE_CUDA") == "0":
         return None
-    for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
+    for home in (os.environ.get("CUDA_HOME"), USUAL_CUDA):
         if home and (nvcc := Path(home, "bin", "nvcc")).is_file():
             return nvcc
-    return None
+    # Last, for it is often a distribution's, of another version than the toolkit beside it.
+    return Path(on_path) if (on_path := shutil.which("nvcc")) else None
+
+
+def cuda_libraries(nvcc: Path) -> list[str]:
+    """The folders of the toolkit's libraries. nvcc itself names them: the one on PATH may be a script or a link."""
+    report = subprocess.run([str(nvcc), "--dryrun", "-c", "none.cu"], capture_output=True, text=True)
+    named = re.findall(r'"-L([^"]+)"', next(iter(re.findall(r"LIBRARIES=(.*)", report.stdout + report.stderr)), ""))
+    beside = [str(nvcc.resolve().parents[1] / name) for name in ("lib64", "lib")]
+    return [folder for folder in (*beside, *named) if Path(folder).is_dir()]
 
 
 def find_jpeg(compiler: str) -> bool:
@@ -142,7 +151,7 @@ def configure() -> dict:
     nvcc = find_nvcc()
     cuda_version = archs = ""
     if nvcc is None:
-        say("no nvcc: building for the CPU only (set CUDA_HOME to the CUDA toolkit for CUDA kernels)")
+        say("no nvcc: building for the CPU only (set CUDA_HOME to the CUDA toolkit, or PATH, for CUDA kernels)")
     else:
         report = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
         match = re.search(r"release ([\d.]+)", report)
@@ -167,8 +176,7 @@ def configure() -> dict:
     link = ["-Wl,--no-as-needed", "-ltorch"]  # else the weak CUDA stream symbol stays null on a CUDA torch
     if nvcc is not None:
         defines.append(("BVAE_WITH_CUDA", None))
-        libraries = next((p for p in (nvcc.parents[1] / "lib64", nvcc.parents[1] / "lib") if p.is_dir()), None)
-        link += [f"-L{libraries}"] if libraries else []
+        link += [f"-L{folder}" for folder in cuda_libraries(nvcc)]
         link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     ops = CppExtension(
         "bvae._C",

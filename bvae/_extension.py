@@ -19,6 +19,6 @@ def load() -> str | None:
     except ImportError as error:
         return f"bvae._C could not be loaded: {error}"
     op = getattr(torch.ops.bvae, "balanced_loss", None)
-    if op is None or "monotone" not in str(op.default._schema):  # the newest change of an op
+    if op is None or "monotone" not in str(op.default._schema) or not hasattr(torch.ops.bvae, "relu_grad"):
         return "bvae._C was built from older sources: build it again"
     return None

@@ -25,7 +25,8 @@ __all__ = [
     "adam",
     "all_finite",
     "balanced_loss",
-    "batch_norm_relu",
+    "copy_all",
+    "end_step",
     "gather",
     "make_rng",
     "philox_normal",
@@ -59,7 +60,7 @@ class _FirstDerivative(torch.autograd.Function):
         raise RuntimeError(f"bvae: {ctx.name} has no second derivative; its backward cannot be differentiated")
 
 
-def _first_derivative(name: str, grads: tuple[Tensor | None, ...], *inputs: Tensor | None) -> Any:
+def first_derivative(name: str, grads: tuple[Tensor | None, ...], *inputs: Tensor | None) -> Any:
     # Gradients are recorded inside a backward only under create_graph=True.
     if not torch.is_grad_enabled():
         return grads
@@ -93,7 +94,7 @@ class _SampleKL(torch.autograd.Function):
     def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None, _: Any) -> Any:
         mu, log_sigma, state = ctx.saved_tensors
         grads = _raw.sample_kl_backward(grad_z, grad_kl, mu, log_sigma, state, ctx.first_sample)
-        grads = _first_derivative("sample_kl", grads, grad_z, grad_kl, mu, log_sigma)
+        grads = first_derivative("sample_kl", grads, grad_z, grad_kl, mu, log_sigma)
         return grads[0], grads[1], None, None, None, None
 
 
@@ -190,7 +191,7 @@ class _BalancedLoss(torch.autograd.Function):
         recon, target, *kept = ctx.saved_tensors
         used = kept[0] if kept else ctx.used
         grads = _raw.balanced_loss_backward(grad_loss, grad_sse, recon, target, used, ctx.kl_weight, ctx.logits)
-        grads = _first_derivative("balanced_loss", grads, grad_loss, grad_sse, recon)
+        grads = first_derivative("balanced_loss", grads, grad_loss, grad_sse, recon)
         return grads[0], None, grads[1].view(ctx.kl_shape), *(None,) * 9
 
 
@@ -307,63 +308,6 @@ def gather(
         raise
 
 
-# ---- batch norm with ReLU --------------------------------------------------------------------------------------------
-
-
-class _BatchNormReLU(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        momentum: float,
-        eps: float,
-    ) -> Tensor:
-        y, mean, invstd = _raw.batch_norm_relu(x, weight, bias, running_mean, running_var, momentum, eps)
-        ctx.save_for_backward(x, weight, bias, mean, invstd)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, bias, mean, invstd = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        grads = _raw.batch_norm_relu_backward(grad, x, weight, bias, mean, invstd)
-        grads = _first_derivative("batch_norm_relu", grads, grad, x, weight, bias)
-        return *grads, None, None, None, None
-
-
-def batch_norm_relu(
-    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
-) -> Tensor:
-    """ReLU of x normalised over the batch, in training; the running statistics move in place.
-
-        y = max(0, (x - mean) / sqrt(var + eps) * weight + bias)
-        running <- (1 - momentum) running + momentum (mean, or the unbiased variance)
-
-    Fused on the CPU for float32, bfloat16 and float16 in channels_last memory, with the extension; PyTorch's own
-    operations everywhere else, under torch.compile too. The fused one has first derivatives only.
-
-    Args:
-        x: [B, C, H, W], more than one value a channel. weight, bias, running_mean, running_var: float32 [C].
-
-    Returns:
-        y, like x.
-    """
-    if (
-        EXTENSION_ERROR is None
-        and x.is_cpu
-        and x.numel() > 0
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and not torch.compiler.is_compiling()
-    ):
-        return _BatchNormReLU.apply(x, weight, bias, running_mean, running_var, momentum, eps)
-    return reference.batch_norm_relu(x, weight, bias, running_mean, running_var, momentum, eps)
-
-
 # ---- Adam -----------------------------------------------------------------------------------------------------------
 
 
@@ -420,6 +364,50 @@ def adam(
     halved = [i for i, half in enumerate(halves) if half is not None]
     copies = [half for half in halves if half is not None]
     return _raw.adam(parameters, grads, exp_avgs, exp_avg_sqs, copies, halved, steps, good, lr, *betas, eps)
+
+
+# ---- the beginning and the end of a step ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def copy_all(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+    """Copies each tensor of `source` into its fellow in `to`, which is like it and dense: on CUDA in one launch."""
+    if EXTENSION_ERROR is not None:
+        return reference.copy_all(to, source)
+    if to or source:  # the dispatcher knows no device of no tensor
+        _raw.copy_all(to, source)
+
+
+@torch.no_grad()
+def end_step(
+    good: Tensor,
+    parts: Tensor,
+    moments: Tensor | None,
+    sum_parts: Tensor,
+    sum_moments: Tensor,
+    counts: Tensor,
+    trouble: Tensor,
+    state: Sequence[Tensor],
+    kept: Sequence[Tensor],
+) -> None:
+    """Ends an optimiser step in one launch: its figures are added to their sums, or its state is put back.
+
+        good:  sum_parts += parts,  sum_moments += moments,  counts[0] += 1,  trouble <- max(0, trouble - 1/4)
+        bad:   state <- kept,  counts[1] += 1,  trouble += 1
+
+    Args:
+        good: bool scalar on the device. parts: float32 [n]. moments: float32 of any shape, or None.
+        sum_parts: float64 [n]. sum_moments: float64, of moments' shape. counts: float64 [2]. trouble: float64 scalar,
+            which grows without end only where more than one step in five is bad.
+        state, kept: dense tensors of any types, in pairs alike; `copy_all` makes `kept` before the step.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit; CUDA tensors with a build without CUDA kernels.
+    """
+    arguments = good, parts, moments, sum_parts, sum_moments, counts, trouble, state, kept
+    if EXTENSION_ERROR is not None:
+        return reference.end_step(*arguments)
+    return _raw.end_step(*arguments)
 
 
 # ---- shapes without data, for torch.compile -------------------------------------------------------------------------
@@ -499,3 +487,5 @@ if EXTENSION_ERROR is None:
     torch.library.register_fake("bvae::gather", _fake_gather)
     torch.library.register_fake("bvae::all_finite", lambda tensors: tensors[0].new_empty((), dtype=torch.bool))
     torch.library.register_fake("bvae::adam", lambda *args: None)
+    torch.library.register_fake("bvae::copy_all", lambda to, source: None)
+    torch.library.register_fake("bvae::end_step", lambda *args: None)

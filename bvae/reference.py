@@ -150,6 +150,11 @@ def sample_kl(
 # ---- the loss -------------------------------------------------------------------------------------------------------
 
 
+def _over_255(x: Tensor) -> Tensor:
+    """x / 255, correctly rounded. CUDA multiplies by the reciprocal of a number, but divides by a tensor of its own."""
+    return x / torch.full((), 255.0, dtype=x.dtype, device=x.device)
+
+
 def auto_kl_weight(side: int, latents: int) -> float:
     """(2*side/k)^2: 1 for 32x32 with 64 latents, 4 for 64x64 with 64."""
     return (2 * side / latents) ** 2
@@ -186,7 +191,7 @@ def _times(x: Tensor, factor: Tensor) -> Tensor:
 def unit_target(target: Tensor, dtype: torch.dtype) -> Tensor:
     """A loss's target in `dtype`, without gradient: uint8 as value / 255."""
     x = target.detach().to(dtype)
-    return x / 255 if target.dtype == torch.uint8 else x
+    return _over_255(x) if target.dtype == torch.uint8 else x
 
 
 def gamma2_in_use(gamma2: Tensor, mse: Tensor, floor: float) -> Tensor:
@@ -258,13 +263,6 @@ def balanced_loss(
 # ---- gather ---------------------------------------------------------------------------------------------------------
 
 
-def batch_norm_relu(
-    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
-) -> Tensor:
-    """See ops.batch_norm_relu."""
-    return F.relu(F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps))
-
-
 def gather(
     data: Tensor, index: Tensor, flip: Tensor | None = None, *, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
@@ -283,7 +281,44 @@ def gather(
     rows = rows.permute(0, 3, 1, 2)
     # Division in float32 and one rounding to dtype, as the extension does.
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return (rows.to(wide) / 255).to(dtype), rows
+    return _over_255(rows.to(wide)).to(dtype), rows
+
+
+# ---- batch norm with ReLU, residual blocks --------------------------------------------------------------------------
+
+
+def batch_norm_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running: Sequence[Tensor],
+    counters: Tensor,
+    momentum: float,
+    eps: float,
+    *,
+    offset: Tensor | None = None,
+    through: bool = False,
+) -> Any:
+    """relu(norm(x + offset)), with `through` x + offset too; `counters` stay. See layer_ops.batch_norm_relu."""
+    mean, var, gathered = running
+    gathered.lerp_(torch.ones_like(gathered), momentum)
+    if offset is not None:
+        x = (x + offset.view(-1, 1, 1)).to(x.dtype)
+    y = F.relu(F.batch_norm(x, mean, var, weight, bias, True, momentum, eps))
+    return (y, x) if through else y
+
+
+def add_biased(a: Tensor, b: Tensor, bias_a: Tensor, bias_b: Tensor, counters: Tensor) -> Tensor:
+    """a + b + bias_a + bias_b; `counters` stay as they are. See `bvae.models.layer_ops.add_biased`."""
+    return (a + b + (bias_a + bias_b).view(-1, 1, 1)).to(a.dtype)
+
+
+# ---- dense layers ---------------------------------------------------------------------------------------------------
+
+
+def linear_relu(x: Tensor, weight: Tensor, bias: Tensor, counters: Tensor) -> Tensor:
+    """relu(x weight^T + bias); `counters` stay as they are. See `bvae.models.layer_ops.linear_relu`."""
+    return F.relu(F.linear(x, weight, bias))
 
 
 # ---- Adam -----------------------------------------------------------------------------------------------------------
@@ -325,3 +360,37 @@ def adam(
             old.copy_(torch.where(good, new, old))
         if half is not None:
             half.copy_(torch.where(good, p, half))
+
+
+# ---- the beginning and the end of a step ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def copy_all(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+    """Copies each tensor of `source` into its fellow in `to`. See `bvae.ops.copy_all`."""
+    for copy, tensor in zip(to, source, strict=True):
+        copy.copy_(tensor)
+
+
+@torch.no_grad()
+def end_step(
+    good: Tensor,
+    parts: Tensor,
+    moments: Tensor | None,
+    sum_parts: Tensor,
+    sum_moments: Tensor,
+    counts: Tensor,
+    trouble: Tensor,
+    state: Sequence[Tensor],
+    kept: Sequence[Tensor],
+) -> None:
+    """Adds a good step's figures to their sums; of a bad one puts the state back. See `bvae.ops.end_step`."""
+    bad = ~good
+    # masked_fill, not where: a number given to where becomes a tensor on the host, which CUDA would wait for.
+    sum_parts += parts.masked_fill(bad, 0.0)
+    if moments is not None:
+        sum_moments += moments.masked_fill(bad, 0.0)
+    counts += torch.stack([good, bad])
+    trouble.add_(bad, alpha=1.25).sub_(0.25).clamp_(min=0)
+    for tensor, value in zip(state, kept, strict=True):
+        tensor.copy_(torch.where(good, tensor, value))

@@ -328,4 +328,59 @@ BVAE_HD void latent_gradient(A mu, A log_sigma, A eps, A g_z, A g_kl, A* g_mu, A
   *g_log_sigma = fused(g_z, sigma * eps, (A(4) * g_kl) * quarter_excess);
 }
 
+// ---- batch norm with ReLU ------------------------------------------------------------------------------------------
+
+// Mean and variance of a channel from the sums of x - origin and of its square over n pixels.
+struct ChannelMoments {
+  double mean, var;
+};
+
+BVAE_HD ChannelMoments channel_moments(double origin, double sum, double sum_of_squares, double n) {
+  const double offset = sum / n;
+  const double spread = sum_of_squares / n - offset * offset;
+  // Not max(0, spread), which would be 0 for a NaN: what is not finite must stay so.
+  return {origin + offset, spread < 0.0 ? 0.0 : spread};
+}
+
+BVAE_HD float inverse_deviation(double var, double eps) { return static_cast<float>(1.0 / sqrt(var + eps)); }
+
+// A running statistic after the batch's `next`.
+BVAE_HD float mixed(float now, double next, double momentum) {
+  return static_cast<float>((1.0 - momentum) * now + momentum * next);
+}
+
+BVAE_HD double unbiased(double var, double n) { return var * (n / (n - 1.0)); }
+
+// With d = x - mean and scale = weight / deviation.
+BVAE_HD float normalised(float d, float scale, float bias) { return d * scale + bias; }
+
+BVAE_HD float relu(float t) { return t < 0.0f ? 0.0f : t; }  // NaN stays
+
+// The gradient behind a ReLU that gave y. As PyTorch has it, a NaN lets it through.
+BVAE_HD float relu_gradient(float grad, float y) { return y <= 0.0f ? 0.0f : grad; }
+
+// The part of the gradient that the ReLU of a norm let through.
+BVAE_HD float passed_by_relu(float grad, float d, float scale, float bias) {
+  return normalised(d, scale, bias) > 0.0f ? grad : 0.0f;
+}
+
+// A channel's gradients from the sums of the gradient g that the ReLU let through and of g d:
+// grad_x = scale (g - mean(g) - xhat mean(g xhat)) = scale g - slope d - constant, with xhat = d / deviation.
+struct NormGradient {
+  float weight, bias, slope, constant;
+};
+
+BVAE_HD NormGradient norm_gradient(double sum, double sum_with_d, float scale, float invstd, double n) {
+  NormGradient out;
+  out.bias = static_cast<float>(sum);
+  out.weight = static_cast<float>(sum_with_d * invstd);
+  out.slope = static_cast<float>(scale * invstd * invstd * sum_with_d / n);
+  out.constant = static_cast<float>(scale * sum / n);
+  return out;
+}
+
+BVAE_HD float norm_gradient_of_x(float passed, float d, float scale, float slope, float constant) {
+  return scale * passed - slope * d - constant;
+}
+
 }  // namespace bvae

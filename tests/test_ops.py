@@ -11,6 +11,7 @@ import pytest
 import torch
 from ops_samples import DTYPES, TOLERANCE, loss_samples, posterior_samples
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bvae import _extension, ops, reference
 
@@ -233,11 +234,41 @@ def test_sigmoid_is_accurate_everywhere(device):
     assert relative[x.abs() < 40].max().item() < (2e-6 if device == "cpu" else 2e-5)
 
 
-def test_every_byte_is_its_exact_fraction(device):
-    target = torch.arange(256, dtype=torch.uint8, device=device).view(1, -1)
-    exact = target.float() / 255
-    out = ops.balanced_loss(exact, target, torch.zeros((), device=device), *scalars(device), logits=False, update=False)
+def every_byte(dtype):
+    """The bytes [1,256], and their exact fractions of 255 rounded to `dtype`: on the CPU, whose division is exact."""
+    target = torch.arange(256, dtype=torch.uint8).view(1, -1)
+    return target, target.to(dtype) / 255
+
+
+@pytest.mark.parametrize("module", [ops, reference])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_byte_is_its_exact_fraction(device, dtype, module):
+    target, exact = (t.to(device) for t in every_byte(dtype))
+    zero = torch.zeros((), device=device)
+    out = module.balanced_loss(exact, target, zero, *scalars(device), logits=False, update=False)
     assert out.sse.item() == 0.0
+
+
+class DivisionOfCUDA(TorchDispatchMode):
+    """CUDA divides by a number on the host as a product with its reciprocal, which is not always the same."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.div.Tensor and not isinstance(args[1], torch.Tensor):
+            return torch.ops.aten.mul.Tensor(args[0], torch.tensor(1 / args[1], dtype=args[0].dtype))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_twin_of_every_byte_would_be_exact_on_cuda(dtype):
+    target, exact = every_byte(dtype)
+    with DivisionOfCUDA():
+        assert not torch.equal(target.to(dtype) / 255, exact), "else this shows nothing"
+        assert (
+            reference.balanced_loss(exact, target, torch.zeros(()), *scalars("cpu"), logits=False, update=False).sse
+            == 0
+        )
+        x, _ = reference.gather(target.view(1, 16, 16, 1), torch.tensor([0]), dtype=dtype)
+    assert torch.equal(x.flatten(), exact.flatten())
 
 
 # ---- sampling and KL ------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ import math
 import time
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from bvae.config import Config
@@ -206,7 +205,7 @@ class Trainer:
             "seconds": self.seconds,
             **moment_figures(sums.moments, int(good * stage.batches.batch)),
         }
-        kept = self.step.moved.keep()
+        self.step.moved.keep()
         scores, scores_fid = (self._falls_due(epoch, every) for every in (config.eval_every, config.fid_every))
         scores_fid = scores_fid and bool(config.fid_every)
         if scores or scores_fid:
@@ -217,7 +216,7 @@ class Trainer:
             self.saver.offer(scored.bound)
         if scores_fid:
             record |= stage.fid()
-        self.step.moved.undo(kept, torch.zeros((), dtype=torch.bool, device=self.device))
+        self.step.moved.put_back()
         self.log.epoch(record)
         if (remark := stage.remark(record)) is not None:
             self.log.note(f"stage {stage.number}: {remark}")

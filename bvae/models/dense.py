@@ -3,11 +3,10 @@
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bvae.models.half import Head, Linear, widened
-from bvae.models.resnet import glorot_
+from bvae.models.half import Head, LinearReLU, widened
+from bvae.models.resnet import glorot_, posterior_heads
 
 
 class _DenseTrunk(nn.Module):
@@ -16,12 +15,12 @@ class _DenseTrunk(nn.Module):
     def __init__(self, inputs: int, hidden: int, depth: int) -> None:
         super().__init__()
         widths = [inputs] + [hidden] * depth
-        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise(widths))
+        self.layers = nn.ModuleList(LinearReLU(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         h = x
         for layer in self.layers:
-            h = F.relu(layer(h))
+            h = layer(h)
         # The heads compute in float32: they carry the posterior and the reconstruction of float32 latents.
         return torch.cat([widened(x), widened(h)], 1)
 
@@ -37,8 +36,7 @@ class DenseEncoder(nn.Module):
         glorot_(self)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.trunk(x)
-        return self.mu(h), self.log_sigma(h)
+        return posterior_heads(self.trunk(x), self.mu, self.log_sigma)
 
 
 class DenseDecoder(nn.Module):

@@ -1,11 +1,9 @@
 """The stage over images: a VAE of encoder and decoder, trained on uint8 images."""
 
-import itertools
 import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bvae import ops
 from bvae.batches.mapped import Images
@@ -13,10 +11,12 @@ from bvae.batches.resident import Batches
 from bvae.config import Config
 from bvae.data import Dataset
 from bvae.data.shapes import FACTOR_TYPES
+from bvae.engine.graph import Repeated
 from bvae.metrics.fid_scores import FIDScorer
 from bvae.metrics.latent import factor_correlation, inactive, latent_variances
 from bvae.metrics.scores import Scores, score_images
-from bvae.models.norm import recompute_statistics
+from bvae.models.half import Copies, halved_weights
+from bvae.models.norm import MeanStatistics
 from bvae.models.vae import VAE
 from bvae.seeds import derive
 from bvae.stages.base import Progress, Schedule, Scored, Stage
@@ -78,6 +78,10 @@ class ImageStage(Stage):
         self.scorer = fid
         self.world = world
         self.unsettled = 0
+        self._statistics = MeanStatistics(self.model)
+        self._copies = Copies(halved_weights(self.model) if amp else [])
+        self._rng = torch.zeros_like(noise.rng)
+        self._pass = Repeated(self._next_statistics, noise.rng.device, config.graph)
 
     def score(self) -> Scored:
         record: dict[str, Any] = {}
@@ -112,21 +116,29 @@ class ImageStage(Stage):
 
     def recompute(self, count: int) -> None:
         """Batch-norm statistics over `count` training batches under the weights as they are, unless --bn ema."""
-        if self.config.bn == "ema":
+        if self.config.bn == "ema" or not self._statistics.norms:
             return
-        epochs = (self.batches.epoch(-1 - i) for i in itertools.count())  # shuffles that training does not use
-        inputs = (x for x, _ in itertools.islice(itertools.chain.from_iterable(epochs), count))
-        rng = ops.make_rng(derive(self.config.seed, "recompute"), self.noise.rng.device)
-
-        def forward(x: Tensor) -> None:
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-                mu, log_sigma = self.model.encoder(x)
-                self.model.decoder(ops.sample_kl(mu, log_sigma, rng, first_sample=self.noise.first_sample).z)
-
-        if recompute_statistics(self.model, inputs, forward) and self.world.size > 1:
+        self._rng.copy_(ops.make_rng(derive(self.config.seed, "recompute")))
+        self._copies.renew()
+        with torch.no_grad(), self._copies, self._statistics:
+            for i in range(count):
+                epoch, first = divmod(i, self.batches.steps)
+                if first == 0:
+                    self.batches.begin(-1 - epoch)  # shuffles that training does not use
+                self.batches.fetch()
+                self._pass()
+        if self.world.size > 1:
             buffers = [b for b in self.model.buffers() if b.dtype == torch.float32 and b.is_contiguous()]
             for buffer, mean in zip(buffers, self.world.means(buffers), strict=True):
                 buffer.copy_(mean)
+
+    def _next_statistics(self) -> None:
+        """One batch for `recompute`."""
+        x, _ = self.batches.draw()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+            mu, log_sigma = self.model.encoder(x)
+            self.model.decoder(ops.sample_kl(mu, log_sigma, self._rng, first_sample=self.noise.first_sample).z)
+        self._statistics.add()
 
     def finish(self, progress: Progress) -> dict[str, Any]:
         """Recomputes the batch-norm statistics, then measures the stage on the whole test set."""

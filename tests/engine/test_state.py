@@ -53,7 +53,7 @@ def test_flattening_keeps_the_values_and_shares_them_both_ways():
 def test_flattened_statistics_begin_where_vectorised_kernels_may_read():
     net = first_stage(config(blocks=2))
     flat = Moved(net, {}).flat
-    starts = [t.data_ptr() - flat.data_ptr() for n in batch_norms(net) for t in n.buffers()]
+    starts = [t.data_ptr() - flat.data_ptr() for n in batch_norms(net) for t in n.buffers() if t.dtype == torch.float32]
     assert len(starts) > 9 and starts == sorted(set(starts))
     assert [start for start in starts if start % 128] == []
 
