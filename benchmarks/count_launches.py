@@ -101,7 +101,17 @@ PARTS = {
     "copy_": CASTS, "_foreach_copy_": CASTS, "index_select": LOSS, "stack": BOOKS, "native_batch_norm": NORMS,
     "_native_batch_norm_legit_no_training": NORMS, "_batch_norm_no_update": NORMS,
 }  # fmt: skip
-NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view", "device"}
+NOTHING = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "_unsafe_view",
+    "device",
+    "promote_types",
+}
 
 
 class Launches(TorchDispatchMode):
