@@ -38,8 +38,6 @@ class ResidualBlock(nn.Module):
         self.bn2 = BatchNormReLU(channels)
         self.conv2 = Conv3x3(channels, channels)
         self.shortcut = Conv3x3(channels, channels)
-        # Its bias has the gradient of conv2's: of two bf16 ones in one loop, Inductor makes C++ that does not compile.
-        self.shortcut.halved = ("weight",)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv2(self.bn2(self.conv1(self.bn1(x))))
