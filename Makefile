@@ -1,5 +1,5 @@
 # make train   train the `shapes` preset, on a GPU if there is one, into runs/
-# make test    run the test suite
+# make test    run the test suite, a process per core; ARGS='-n 0' for one alone
 #
 # Both set themselves up in .venv first: torch, build tools, bvae with its extension.
 #   TORCH='torch==2.13.0'   which torch to install (pip requirement)
@@ -22,7 +22,7 @@ train: install
 	$(BIN)/python -m bvae.train $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 install: $(VENV)/installed
 

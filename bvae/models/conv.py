@@ -73,7 +73,10 @@ class _Convolution(torch.autograd.Function):
             small, large = (x, grad) if ctx.transposed else (grad, x)
             grad_weight = _kernel_gradient(small, large, s, kernel)
         if needs[2]:
-            grad_bias = grad.sum((0, 2, 3))
+            # A shortcut's bias and its neighbour's have the same gradient: of two bf16 sums in one loop, Inductor makes
+            # C++ that does not compile (torch 2.13). Outside of it, a sum in another type would copy what it sums.
+            sums = torch.promote_types(grad.dtype, torch.float32) if torch.compiler.is_compiling() else grad.dtype
+            grad_bias = grad.sum((0, 2, 3), dtype=sums).to(grad.dtype)
         return grad_x, grad_weight, grad_bias, None, None
 
 
