@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from report_runs import FID, KL, epoch_record, images, make_run
 
+from bvae.config import Config
 from bvae.errors import UserError
 from bvae.report import page as report_page
 from bvae.report import write as report
@@ -376,3 +378,15 @@ def test_views_that_are_ready_are_not_made_again(run, monkeypatch):
     views = read_content(run, "run", report.DataCache()).views
     monkeypatch.setattr(report, "compute_views", None)
     assert read_content(run, "run", report.DataCache(), views=views).views is views
+
+
+def test_runs_that_differ_in_one_setting_of_their_images_do_not_share_them(monkeypatch):
+    """Whatever that setting is: the loader's own arguments decide."""
+    loaded = []
+    monkeypatch.setattr(report, "load_data", lambda config, source: loaded.append(config) or len(loaded))
+    cache = report.DataCache("images.zip")
+    first = Config(crop=128, side=64)
+    assert [cache.of(first), cache.of(dataclasses.replace(first, lr=1.0))] == [1, 1]
+    assert cache.of(dataclasses.replace(first, crop=140)) == 2
+    assert cache.of(dataclasses.replace(first, crop=140, channels=1)) == 3
+    assert cache.of(first) == 4
