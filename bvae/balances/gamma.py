@@ -87,7 +87,7 @@ class ComputedSettings:
     gamma_start: float | Literal["first-batch"] = 1.0
     """gamma^2 before the first batch; `first-batch` takes that batch's mse."""
     gamma_monotone: bool = True
-    """Whether the computed gamma never grows, as in the paper; without it, it follows the mean error at any batch."""
+    """If true, the computed gamma never grows, as in the paper; if false, it follows the mean error at any batch."""
 
     arguments: ClassVar[dict[str, str]] = {"gamma_start": "start", "gamma_monotone": "monotone"}
 

@@ -1,4 +1,4 @@
-"""What the balances whose state follows the batches share: when it moves, and by which figures, of how many ranks."""
+"""Shared parts of the balances whose state follows the batches: when it moves, by which figures, of how many ranks."""
 
 import math
 from typing import Any, ClassVar, Literal
@@ -142,7 +142,7 @@ class MovingLoss(GaussianVAELoss):
         """Moves what a rule has beside the gamma2 that follows the mse; `some`: whether there was a batch at all."""
 
     def _good(self, mse: Tensor, kl: Tensor, some: Tensor | None) -> Tensor:
-        """Whether the figures of a step are finite; those that are not are counted, unless gamma2's step does so."""
+        """True if the figures of a step are finite. Counts a step where they are not, unless gamma2's step does so."""
         good = (mse + kl).isfinite()
         if not self.follows_mse:
             self.skipped += ~good if some is None else ~good & some

@@ -42,7 +42,7 @@ class Batches:
     """
 
     resident = True
-    """whether `fetch` does nothing: several batches can then be drawn within one CUDA graph"""
+    """true if `fetch` does nothing: several batches can then be drawn within one CUDA graph"""
 
     def __init__(self, count: int, batch: int, seed: int, device: torch.device, part: slice | None = None) -> None:
         self.count = count
@@ -65,7 +65,7 @@ class Batches:
         self.position.fill_(first)
 
     def fetch(self) -> None:
-        """What the host has to do for the next batch before it can be drawn."""
+        """Does the work of the host that the next batch needs before it can be drawn."""
 
     def draw(self) -> tuple[Tensor, Tensor]:
         """The next batch, as (input, target). Not to be called more often than the epoch has batches left."""
@@ -85,7 +85,7 @@ class Batches:
             yield self.draw()
 
     def state(self) -> dict[str, Tensor]:
-        """What must be kept to go on with the same batches, beside the epoch's number and the place in it."""
+        """State needed to go on with the same batches, beside the epoch's number and the place in it."""
         return {}
 
 

@@ -33,7 +33,7 @@ PREVIEWED = 64  # images of a source that --preview looks at, until it has enoug
 
 @dataclass(frozen=True)
 class Preset:
-    """What a data set's images mostly become. says: for --help."""
+    """The form that a data set's images mostly get. says: for --help."""
 
     size: Size
     crop: Crop
@@ -170,7 +170,7 @@ def _write_images(
 
 
 def _write_idx(source: str, files: tuple[Path, Path], writer: StoreWriter, recipe: Recipe) -> dict[str, Any]:
-    """What meta.json says of it."""
+    """Writes the images; returns the entries of meta.json about them."""
     if recipe.size not in idx.SIDES or recipe.channels != 1:
         raise refusal(
             source, "idx files hold grey images of 28x28, padded on request: --size 28 or --size 32, --channels 1"
@@ -296,7 +296,7 @@ def _preview(source: str, file: Path, recipe: Recipe, is_idx: bool) -> None:
 
 
 def summary(result: Result) -> str:
-    """What was done, in a few lines."""
+    """A summary of the work done, in a few lines."""
     counts = result.meta["counts"]
     lines = []
     if result.rejects:

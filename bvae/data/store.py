@@ -92,7 +92,7 @@ class Store:
 
 
 def has_meta(path: Path) -> bool:
-    """Whether a folder is a store, rather than one with arrays and perhaps a meta.json of the user's own.
+    """True if a folder is a store, rather than one with arrays and perhaps a meta.json of the user's own.
 
     Raises:
         UserError: if its meta.json cannot be read.

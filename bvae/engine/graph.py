@@ -79,7 +79,7 @@ class Graph:
             for _ in range(WARM_UP):
                 steps(1)
                 undo()
-            # What a recorded step leaves in .grad must be of the graphs' own memory.
+            # The gradients that a recorded step leaves in .grad must lie in the graphs' own memory.
             step.zero_grad()
             for n in (1, STEPS) if batches.resident else (1,):
                 self.replays[n] = record(lambda n=n: steps(n))  # type: ignore[misc]
@@ -199,7 +199,7 @@ def _recording() -> Iterator[Callable[[Callable[[], None]], Callable[[], None]]]
         graph = torch.cuda.CUDAGraph()
         collecting = gc.isenabled()
         gc.collect()
-        gc.disable()  # what it frees may wait for an event, which a recording forbids
+        gc.disable()  # objects that it frees may wait for an event, which a recording forbids
         try:
             # thread_local: what other threads ask of CUDA meanwhile (a loader pins memory) does no harm.
             with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):

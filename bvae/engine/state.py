@@ -64,7 +64,7 @@ def _unique(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _owns_its_memory(t: Tensor) -> bool:
-    """Whether a float32 tensor fills a storage of its own, so that it can be moved into another."""
+    """True for a float32 tensor that fills a storage of its own, so that it can be moved into another storage."""
     whole = t.untyped_storage().nbytes() == t.numel() * t.element_size()
     return t.dtype == torch.float32 and t.is_contiguous() and whole
 

@@ -134,7 +134,7 @@ class Step:
         self.minimise = torch.compile(MethodType(own, self.objective), fullgraph=True, dynamic=False)
         try:
             self._gradients(x, target)
-        except Exception as error:  # of any of its many tools; an error of ours the step itself will raise again
+        except Exception as error:  # any of its many tools may raise; the step itself raises an error of ours again
             self.minimise = self.objective
             return _reason(error)
         return None

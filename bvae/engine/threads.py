@@ -16,7 +16,7 @@ from bvae.engine.compiling import MIN_STAGE_STEPS
 from bvae.engine.graph import undone
 from bvae.engine.step import Step
 
-STEPS = 2  # of a turn
+STEPS = 2  # steps in one turn
 ROUNDS = 3
 LOOK_STEPS = 1 + 2 * ROUNDS * STEPS  # at most, of one look
 BUSY = 1.25  # times as long a step with all threads as with one, from which the cores count as busy

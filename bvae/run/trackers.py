@@ -28,7 +28,7 @@ Status = Literal["finished", "stopped", "failed"]
 
 
 class Tracker(Protocol):
-    """What a run is logged to. Any method may raise anything: `bvae.run.log.RunLog` then goes on without it."""
+    """The place a run is logged to. Any method may raise anything: `bvae.run.log.RunLog` then goes on without it."""
 
     name: str
     where: str
@@ -169,7 +169,7 @@ class MlflowTracker:
         self._client.log_batch(self.identity, params=params)
 
     def _goes_on(self, identity: str) -> bool:
-        """Whether the run that is known is still there; somebody may have removed it, or another server be asked."""
+        """True if the known run is still there: somebody may have removed it, or the server may be another one."""
         try:
             self._client.update_run(identity, status="RUNNING")
         except Exception:

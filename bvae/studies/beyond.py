@@ -5,7 +5,7 @@ from bvae.studies.published import DATA_SETS, dai_wipf, rae
 
 FIXED = {"balance": "fixed"}
 BETAS = ("0.1", "0.03", "0.01", "0.003", "0.001")
-"""of the sweep: from above to below every gamma2 that the presets end with"""
+"""betas of the sweep: from above to below every gamma2 that the presets end with"""
 
 _PRESETS = {"mnist": "mnist", "fashion": "fashion", "cifar10": "cifar10-infogan", "celeba": "celeba-infogan"}
 

@@ -44,7 +44,7 @@ class Options:
 class PlannedRow:
     row: Row
     settings: dict[str, Any]
-    """what bvae.train is given, a FromRow where the value is another run's"""
+    """settings given to bvae.train; a FromRow where another run provides the value"""
     config: Mapping[str, Any]
     """all settings after that; empty where they are refused"""
     problem: str = ""
@@ -71,7 +71,7 @@ class Cell:
     row: str
     seed: int
     name: str
-    """of the run's folder"""
+    """name of the run's folder"""
 
 
 @dataclass

@@ -111,7 +111,7 @@ class Runner:
             self._advance(running)
 
     def _awaited(self, cell: Cell) -> bool:
-        """Whether a cell whose findings this one needs is still to end."""
+        """True while a cell whose findings this one needs has not ended."""
         needed = {source.row for source in self.scope.row(cell).needs}
         others = [*self._pending, *(running.cell for running in self._running)]
         return any(other.row in needed and other.seed == cell.seed for other in others)

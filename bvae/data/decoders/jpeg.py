@@ -19,7 +19,7 @@ SUBSAMPLING = ((1, 1), (2, 1), (2, 2))  # 4:4:4, 4:2:2, 4:2:0
 
 @dataclass(frozen=True)
 class Header:
-    """What a JPEG file says of itself before its first scan.
+    """Facts that a JPEG file states of itself before its first scan.
 
     width, height: in pixels.
     height_at: where the height's two bytes lie in the file.
