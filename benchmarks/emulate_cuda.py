@@ -69,7 +69,7 @@ def library(name: str) -> str:
 
 
 def missing() -> str | None:
-    """What this machine lacks for the emulation, or None."""
+    """The thing that this machine lacks for the emulation, or None."""
     if find_compiler() is None:
         return "a C++ compiler"
     absent = [name for name in PRELOAD if not Path(library(name)).is_file()]
@@ -142,7 +142,7 @@ def run(
         "CUDA_EMULATION_MULTIPROCESSORS": str(multiprocessors),
         "CUDA_EMULATION_ORDER": order,
     }
-    # Of stderr only Python's is captured: the reports of what ends the process are on the file itself.
+    # Only Python's part of stderr is captured: reports of errors that end the process are written to the file itself.
     command = [sys.executable, "-m", "pytest", "-p", "emulated", "--capture=sys", "-p", "no:cacheprovider"]
     return subprocess.run([*command, *arguments], env=environment, cwd=ROOT, **options)
 

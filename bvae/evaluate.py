@@ -47,7 +47,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--no-fid", action="store_true", help="leave the FIDs out")
     group.add_argument("--protocol", choices=PROTOCOLS, default=DEFAULT)
     group.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the Inception network")
-    group.add_argument("--fid-num", type=int, default=NUM, help="generated images; the most test images")
+    group.add_argument(
+        "--fid-num", type=int, default=NUM, help="number of generated images; uses at most as many test images"
+    )
     group.add_argument("--only", nargs="*", choices=PARTS, help="measure these alone; nothing: --prior alone")
     group.add_argument("--rec", choices=("both", "sampled", "mean"), default="both", help="how latents are decoded")
     group.add_argument("--contrast", action="store_true", help="restore the contrast of reconstructions before REC")

@@ -1,4 +1,4 @@
-// What the kernels share: element conversions, vector loads, deterministic reductions, the last-block pattern.
+// Tools that the kernels share: element conversions, vector loads, deterministic reductions, the last-block pattern.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -91,7 +91,7 @@ __device__ __forceinline__ A target_value(T v) {
   }
 }
 
-// A type of so many bytes that moves by one instruction.
+// A type of n bytes that moves by one instruction.
 template <size_t n>
 struct Bytes;
 template <>
