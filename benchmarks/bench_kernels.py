@@ -412,7 +412,9 @@ def line(result: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--elements", type=int, help="of the large sizes (default: 2^28 on CUDA, 2^25 on a CPU)")
+    parser.add_argument(
+        "--elements", type=int, help="elements in the large sizes (default: 2^28 on CUDA, 2^25 on a CPU)"
+    )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--json", type=Path, help="also write the figures, in microseconds, to this file")

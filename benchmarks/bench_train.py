@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--recipes", nargs="+", default=["cifar10", "celeba"], help="presets of bvae.train")
     parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, help="of a turn, about; default 2, with --quick 0")
+    parser.add_argument("--seconds", type=float, help="rough duration of a turn; default 2, with --quick 0")
     parser.add_argument("--quick", action="store_true", help="a tiny network, one step a turn")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--serve", nargs=3, metavar=("RECIPE", "STAGE", "CONTESTANT"), help=argparse.SUPPRESS)

@@ -3,7 +3,7 @@
 
     python benchmarks/emulate_cuda.py [--multiprocessors N] [--order forward|reverse|SEED] [--build FOLDER] [PYTEST ...]
 
-What is not one of the options goes to pytest; without any, the tests of the ops run. In the extension that it builds,
+Arguments other than these options go to pytest; without any, the tests of the ops run. In the extension that it builds,
 CPU tensors go to the kernels instead of the CPU loops. An access outside of a tensor or of a block's shared memory, a
 misaligned vector, a barrier or shuffle that a thread of the block or warp does not reach end the process with a report
 of where. docs/ops.md says what this shows and what only a GPU can.
@@ -149,8 +149,10 @@ def run(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--multiprocessors", type=int, default=132, help="what the device says it has")
-    parser.add_argument("--order", default="forward", help="of blocks, warps and threads: forward, reverse or a seed")
+    parser.add_argument("--multiprocessors", type=int, default=132, help="number that the device states")
+    parser.add_argument(
+        "--order", default="forward", help="order of blocks, warps and threads: forward, reverse or a seed"
+    )
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "cuda_emulation", help="the folder to build in")
     args, arguments = parser.parse_known_args()
     if missing() is not None:

@@ -46,9 +46,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--inception", help="the network's weights, or `download`")
     group.add_argument("--no-fid", action="store_true", help="leave the FIDs out")
     group.add_argument("--protocol", choices=PROTOCOLS, default=DEFAULT)
-    group.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the Inception network")
     group.add_argument(
-        "--fid-num", type=int, default=NUM, help="number of generated images; uses at most as many test images"
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="precision of the Inception network"
+    )
+    group.add_argument(
+        "--fid-num", type=int, default=NUM, help="number of generated images and, at most, of test images"
     )
     group.add_argument("--only", nargs="*", choices=PARTS, help="measure these alone; nothing: --prior alone")
     group.add_argument("--rec", choices=("both", "sampled", "mean"), default="both", help="how latents are decoded")
@@ -71,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in priors:
         check_name(name)
         sample_latents(args.run, model, name, 1, 0)  # is there one, of these weights?
-    # Before anything takes time: whether there are weights, and that they are the right ones.
+    # Weights must be there, and be the right ones, before anything takes time.
     weights = None if args.no_fid else find_weights(args.inception)
     if weights is None and not args.no_fid:
         print(f"note: no FID, since the weights of its network are missing: {HELP}", file=sys.stderr)

@@ -20,7 +20,7 @@ from torch import Tensor
 from bvae.errors import UserError
 from bvae.machine import pick_device
 
-TIMEOUT = timedelta(minutes=10)  # for which one rank waits for another, which may be writing, drawing or compiling
+TIMEOUT = timedelta(minutes=10)  # longest wait of a rank for another, which may be writing, drawing or compiling
 
 
 class Lost(UserError):
@@ -202,7 +202,7 @@ class World:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Ends the connection. Of the ranks that end with a UserError only one lets it through, to be printed once."""
+        """Ends the connection. Only one of the ranks that end with a UserError lets it through, to print it once."""
         speaks = error is None or self._speaks()
         if self.size > 1 and dist.is_initialized():
             assert dist.group.WORLD is not None

@@ -1,5 +1,5 @@
-// Kernels that sum over channels. Batch norm with ReLU: a kernel for sums, whose last block makes of them what a channel
-// needs, and one that writes the images, each way; the ends of residual blocks; ReLUs of dense layers. All are
+// Kernels that sum over channels. Batch norm with ReLU: one kernel for sums, whose last block turns them into what each
+// channel needs, and one that writes the images, each way; the ends of residual blocks; ReLUs of dense layers. All are
 // [rows, channels]: a thread keeps to its channels and walks down the rows.
 #include "device.cuh"
 

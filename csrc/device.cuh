@@ -16,7 +16,7 @@ constexpr int kThreads = 256;
 template <class T>
 constexpr int kVector = 16 / sizeof(T);
 
-// Vectors whose loads a thread starts before it uses the first: what keeps the memory busy. Of doubles one, for their
+// Vectors whose loads a thread starts before it uses the first: they keep the memory busy. One for doubles, for their
 // slower exp needs the registers.
 template <class T>
 constexpr int kAhead = sizeof(T) == 8 ? 1 : sizeof(T);

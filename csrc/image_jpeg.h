@@ -12,7 +12,7 @@ namespace bvae {
 extern const char* const kJpegVersion;
 
 struct JpegCrop {
-  int width, height;  // that the file must have
+  int width, height;  // size that the file must have
   int left, top;      // corner of the crop, whose size is that of the taps
 };
 

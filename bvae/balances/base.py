@@ -38,7 +38,7 @@ class GaussianVAELoss(nn.Module):
     Args:
         kl_weight: weight of the KL, or "auto" for (2*side/k)^2, defined for square images [B,C,side,side]. May be set
             anew at any time.
-        logits: whether the reconstruction is logits of an image in [0,1] (the sigmoid is then fused into the loss).
+        logits: true if the reconstruction is logits of an image in [0,1] (the sigmoid is then fused into the loss).
     """
 
     per_latent: ClassVar[bool] = False

@@ -22,7 +22,7 @@ class MovingLoss(GaussianVAELoss):
     Args:
         gamma: the decoder's standard deviation, which then stays; None follows the mse.
         start: gamma2 before the first batch, or "first-batch" for that batch's own mse.
-        monotone: whether gamma2 never grows.
+        monotone: if true, gamma2 never grows.
         accumulate: gather sums over several forward passes and move the state only in `step()`, to be called once per
             optimiser step.
         manual: gather nothing; the caller moves the state by `follow`, with figures of its own.
@@ -139,7 +139,7 @@ class MovingLoss(GaussianVAELoss):
         return self._fused(recon, target, kl, kl_weight, weight, update, self.monotone)
 
     def _follow(self, mse: Tensor, kl: Tensor, some: Tensor | None = None) -> None:
-        """Moves what a rule has beside the gamma2 that follows the mse; `some`: whether there was a batch at all."""
+        """Moves what a rule has beside the gamma2 that follows the mse; `some`: true if there was a batch at all."""
 
     def _good(self, mse: Tensor, kl: Tensor, some: Tensor | None) -> Tensor:
         """True if the figures of a step are finite. Counts a step where they are not, unless gamma2's step does so."""

@@ -35,7 +35,7 @@ def to_device(images: np.ndarray, device: torch.device) -> Tensor:
 class Batches:
     """`count` samples in batches of `batch`, reshuffled every epoch; the last partial batch is dropped.
 
-    To be used as `begin` at an epoch's start, then `fetch` and `draw` for every batch; `epoch` does all three.
+    Call `begin` at an epoch's start, then `fetch` and `draw` for every batch; `epoch` does all three.
 
     `part` is what this process gives of every batch: all of it, or where several train together the rows that are its
     own. The order of an epoch is the same in all of them.
@@ -68,7 +68,7 @@ class Batches:
         """Does the work of the host that the next batch needs before it can be drawn."""
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        """The next batch, as (input, target). Not to be called more often than the epoch has batches left."""
+        """The next batch, as (input, target). Call it no more often than the epoch has batches left."""
         raise NotImplementedError
 
     def _next_rows(self) -> Tensor:

@@ -681,7 +681,7 @@ def _see_folder(source: Source, name: str) -> None:
 
 
 def _in_order(source: Source) -> Source:
-    """Sorts by name. Of files with one name the last is kept, as when an archive is unpacked."""
+    """Sorts by name. Keeps the last of the files with one name, as when an archive is unpacked."""
     source.items.sort(key=lambda item: item.name)
     source.unread.sort()
     last: dict[str, int] = {}

@@ -132,7 +132,7 @@ class Rows:
 def divide(images: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(the others, the chosen) of images [N, ...], by bool [N]; each in the order it had.
 
-    Of mapped images the chosen are read, and `Rows` stand in for the others.
+    If the images are mapped, the chosen ones are read, and `Rows` stand in for the others.
     """
     others = np.flatnonzero(~chosen)
     if isinstance(images, Rows):

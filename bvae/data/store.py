@@ -1,7 +1,7 @@
 """The prepared store: a folder with one uint8 .npy a split, `meta.json`, which says how they came about, `rejects.csv`.
 
 A store appears whole or not at all. It is written into `.NAME.partial` beside its place, which a lock marks as in use,
-and renamed once everything is on the disk. What a killed run has left there, the next one clears away.
+and renamed once everything is on the disk. The next run clears away the remains of a killed run.
 """
 
 import contextlib

@@ -53,7 +53,7 @@ def choose_way(
 
     Args:
         graph: replay steps from a CUDA graph where that can be.
-        wanted: whether to compile them; None leaves that to a trial, if the stage is long enough for it to pay.
+        wanted: compile them; None leaves that to a trial, if the stage is long enough for it to pay.
         total: steps of the stage.
         note: is told in a line what takes minutes, and what came of it.
     """

@@ -57,7 +57,7 @@ class Eager:
 
 
 class Graph:
-    """Steps replayed from CUDA graphs of one and of several steps. To be made in training mode, after Batches.begin.
+    """Steps replayed from CUDA graphs of one and of several steps. Make it in training mode, after Batches.begin.
 
     Making it changes nothing but the gradients. Raises RuntimeError where the steps cannot be recorded.
     """
@@ -190,8 +190,9 @@ def _first_line(error: BaseException) -> str:
 def _recording() -> Iterator[Callable[[Callable[[], None]], Callable[[], None]]]:
     """A stream beside the current one, in which warm-up and recording have to be; the two wait for each other.
 
-    Gives `record(program)`, which records what `program` would have the device do, without doing it, and returns what
-    does it. What it returns may be called in any order, one at a time: all recordings share their working memory.
+    Gives `record(program)`, which records what `program` would have the device do, without doing it, and returns
+    a function that does it. Call these functions in any order, one at a time: all recordings share their working
+    memory.
     """
     here, side, pool = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 

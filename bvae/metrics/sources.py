@@ -33,7 +33,7 @@ READ_BYTES = 2**27  # bytes of pixels at a time
 CHUNK_BYTES = 2**23  # bytes in one piece of work for a decoder
 KEPT_BYTES = 2**28  # bytes of decoded pixels that are kept from checking to measuring
 FEW_IMAGES = 500  # decoded before worker processes would have started
-ROUNDING = 1e-5  # by which floats may lie outside [0,1]; they are clipped
+ROUNDING = 1e-5  # distance by which floats may lie outside [0,1]; they are clipped
 GREY = "grey images, where the network expects colour: --grey repeats their channel, on both sides"
 
 
@@ -244,7 +244,7 @@ class EncodedImages(Images):
         return lambda number: bool(wanted[number])
 
     def _refuse(self, name: str, reason: str) -> None:
-        self.source.check_unchanged()  # which would be the reason
+        self.source.check_unchanged()  # a change would be the reason
         raise UserError(f"{self.name}: {name} {reason}") from None
 
 
@@ -277,8 +277,8 @@ class ChangedImages(Images):
 def open_images(text: str, grey: bool = False) -> Images | Statistics:
     """Opens the images or statistics at a path, which may end in `:train`, `:val` or `:test` where there are splits.
 
-    Of data sets and arrays with a split the test images are the default, of folders and archives all images.
-    Raises UserError, in one line that names the path, for what is no set of images and no statistics.
+    The default is the test images for data sets and arrays with a split, and all images for folders and archives.
+    Raises UserError, in one line that names the path, where the path holds neither images nor statistics.
     """
     if not text.strip():
         raise UserError("the path is empty: images or statistics are expected")

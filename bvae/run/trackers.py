@@ -1,6 +1,6 @@
 """Trackers that a run can be logged to beside TensorBoard: Weights & Biases and MLflow, behind one interface.
 
-Both are optional (`pip install 'bvae[wandb]'`, `'bvae[mlflow]'`) and take their own environment variables. What they
+Both are optional (`pip install 'bvae[wandb]'`, `'bvae[mlflow]'`) and take their own environment variables. Data they
 need to go on with the same run after a resume is kept in the run's folder, in ``logger.json``.
 """
 

@@ -41,7 +41,7 @@ class Lock:
 
     @property
     def files(self) -> tuple[int, int]:
-        """To be inherited by children."""
+        """The lock files that children inherit."""
         return self._whole, self._part
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """From a study and a command line to cells: what each row trains, and by which arguments of bvae.train.
 
-Whether a row can have a setting is asked of bvae.train's own parser. A row that this version cannot train at all stays
+The parser of bvae.train itself decides if a row can have a setting. A row that this version cannot train at all stays
 in the plan with the reason.
 """
 

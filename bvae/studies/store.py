@@ -167,7 +167,7 @@ class Store:
         return found
 
     def _merge(self, there: Mapping[str, Any]) -> None:
-        """Adds the figures of a study.json that are not known here. What is known here goes before."""
+        """Adds the figures of a study.json that are not known here. Figures known here take precedence."""
         mine = {
             (row.name, cell.seed) for cell in self.scope.plan.cells_of_part() for row in self.scope.plan.readers(cell)
         }

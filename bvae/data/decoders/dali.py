@@ -193,7 +193,7 @@ class _Batch:
     plain, others: (place, bytes) for DALI and for Pillow.
     starts, shapes: (top, left) and (height, width) of the crops of `plain`, int32 [2] each.
     size, pixels: of `plain` and `others`: their bytes; of `plain`: the images' pixels.
-    last: whether the chunk ends here.
+    last: true if the chunk ends here.
     """
 
     results: list[np.ndarray | Rejected | None]

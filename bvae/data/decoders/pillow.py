@@ -74,7 +74,7 @@ def decode_image(data: bytes, recipe: Recipe) -> np.ndarray:
     """One encoded image -> uint8 [height, width, channels].
 
     In this order: the first frame; EXIF orientation; the crop; RGB or, for one channel, L (transparency is dropped);
-    the resize (`bvae.data.decoders.resize`). Of a plain JPEG the rows below the crop are not decoded, so damage there
+    the resize (`bvae.data.decoders.resize`). The rows of a plain JPEG below the crop are not decoded, so damage there
     goes unseen; none of the pixels change.
 
     Raises:
