@@ -33,7 +33,7 @@ class MovingLoss(GaussianVAELoss):
 
     pending: Tensor
     pending_sums: ClassVar[int] = 4
-    """how many of the sums are saved: squares, elements, KL, samples"""
+    """number of sums that are saved: squares, elements, KL, samples"""
 
     def __init__(
         self,

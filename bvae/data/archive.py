@@ -1,4 +1,4 @@
-"""Where encoded images come from: folders, zip and tar archives, sequences of them; as lists of small items.
+"""Sources of encoded images: folders, zip and tar archives, sequences of them; as lists of small items.
 
 Nothing is ever unpacked: an item says where its bytes lie, and whoever decodes it, in whatever process, reads them
 there. So a name is only a label: one that begins with `/` or holds `..` names no file that could be written.

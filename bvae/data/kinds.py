@@ -98,7 +98,7 @@ def image_format(head: bytes) -> tuple[str, bool] | None:
 
 
 def content(head: bytes) -> str | None:
-    """The kind of a file that begins with these bytes and is not an image as it should be; None if it is unknown."""
+    """The kind of a file that begins with these bytes and is not the image it should be; None if it is unknown."""
     for pattern, name in _CONTENTS:
         if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
             return name

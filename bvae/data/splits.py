@@ -1,4 +1,4 @@
-"""Which images are for train, val and test: by an official list, by sub-folders, or by fractions and a seed."""
+"""Assignment of images to train, val and test: by an official list, by sub-folders, or by fractions and a seed."""
 
 import hashlib
 import os
@@ -269,7 +269,7 @@ def _hq_numbers(source: Source) -> dict[int, int]:
 
 
 def _by_folders(source: Source, seed: int | None, others_may_be_left_out: bool = False) -> Plan | None:
-    """By folders, or archives, that are named as splits; None where none is. The highest on an image's path counts.
+    """Splits by folders, or archives, that are named as splits; None where none is. The highest in a path counts.
     Without a test, one is drawn from `train` by the seed, if there is one."""
     groups = _groups(source)
     part = np.full(len(source.items), OUTSIDE, np.int8)

@@ -289,7 +289,7 @@ class StoreWriter:
         found = set(os.listdir(self._real))
         if not found:
             return
-        # By what meta.json says, not by names: others too keep a train.npy beside a meta.json.
+        # The test is meta.json, not the names: others too keep a train.npy beside a meta.json.
         if not found >= {META, *ARRAYS} or not has_meta(self._real):
             raise refusal(self.path, "exists and is not a prepared store: choose another --out")
         if not self._overwrite:

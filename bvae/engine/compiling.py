@@ -47,13 +47,13 @@ def compile_step(batches: Batches, step: Step) -> str | None:
 def choose_way(
     batches: Batches, step: Step, graph: bool, wanted: bool | None, total: int, note: Callable[[str], None]
 ) -> Way:
-    """The runner of a stage's steps, and whether they are compiled. Call it in training mode.
+    """The runner of a stage's steps, and whether they are compiled. Needs training mode.
 
     Changes only the gradients and the state that Batches.begin sets: call Batches.begin after it.
 
     Args:
         graph: replay steps from a CUDA graph where that can be.
-        wanted: compile them; None leaves that to a trial, if the stage is long enough for it to pay.
+        wanted: True compiles them, False does not; None leaves it to a trial, if the stage is long enough to pay.
         total: steps of the stage.
         note: is told in a line what takes minutes, and what came of it.
     """

@@ -57,7 +57,7 @@ class Eager:
 
 
 class Graph:
-    """Steps replayed from CUDA graphs of one and of several steps. Make it in training mode, after Batches.begin.
+    """Steps replayed from CUDA graphs of one and of several steps. Create one in training mode, after Batches.begin.
 
     Making it changes nothing but the gradients. Raises RuntimeError where the steps cannot be recorded.
     """

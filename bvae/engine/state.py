@@ -39,7 +39,7 @@ class Moved:
         self.tensors = [self.flat, *(t for t in (*own, *others) if id(t) not in in_flat)]
         """all of it, dense tensors"""
         self.kept = [torch.empty_like(t) for t in self.tensors]
-        """as it was when `keep` was called, in the same order"""
+        """copies of `tensors` as they were when `keep` was called, in the same order"""
 
     def keep(self) -> None:
         """Copies it all, for `put_back` or the end of the step."""

@@ -12,7 +12,7 @@ BLOCK_BYTES = 64 * 2**20  # bytes of float32 vectors at a time
 
 
 class Share(NamedTuple):
-    """How many samples are nearer to what was fitted on than to held-out items."""
+    """Share of samples that are nearer to the fitted data than to held-out items, and its chance level."""
 
     closer: float
     """share of the samples; a tie counts half"""

@@ -1,4 +1,4 @@
-"""From images to statistics: the protocol, the network and the moments, batch by batch on the network's device."""
+"""Statistics from images: the protocol, the network and the moments, batch by batch on the network's device."""
 
 import itertools
 from collections.abc import Callable, Iterable

@@ -19,7 +19,7 @@ def variance_law(var_mu: Tensor, sigma2: Tensor) -> Tensor:
 
 
 def inactive(sigma2: Tensor) -> Tensor:
-    """Which latents [k] carry nothing: E_x[sigma_j^2] >= 0.8."""
+    """True for the latents [k] that carry nothing: E_x[sigma_j^2] >= 0.8."""
     return sigma2 >= INACTIVE
 
 

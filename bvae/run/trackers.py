@@ -32,7 +32,7 @@ class Tracker(Protocol):
 
     name: str
     where: str
-    """for people: where to look at it"""
+    """for people: the place to look at it"""
 
     def values(self, values: Mapping[str, Any], step: int) -> None:
         """Numbers and lists of numbers of an epoch, named as in TensorBoard; anything else is passed over."""

@@ -39,7 +39,7 @@ DAI_WIPF = Study(
 )
 
 _FIXED_GAMMA2 = {"mnist": 0.156, "cifar10": 0.036, "celeba": 0.135}
-"""to which the baselines of Ghosh et al. amount: C * kw / 2 from their code's weights"""
+"""gamma2 that the baselines of Ghosh et al. amount to: C * kw / 2 from their code's weights"""
 
 
 def _table_of_rae(data: str) -> tuple[Row, ...]:

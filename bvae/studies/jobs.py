@@ -15,7 +15,7 @@ from bvae.errors import UserError
 from bvae.files import writing
 
 PATIENCE_SECONDS = 3.0
-"""for which a lock is waited for: the children of a study that was just killed take a moment to end"""
+"""longest wait for a lock: the children of a study that was just killed take a moment to end"""
 PR_SET_PDEATHSIG = 1  # value in Linux's prctl.h
 _libc = ctypes.CDLL(None, use_errno=True)
 

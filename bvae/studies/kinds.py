@@ -10,7 +10,7 @@ from bvae.studies.statistics import MIN_FID_DIFFERENCE
 ABSENT = "\u2013"
 """stands where there is no figure"""
 SETTLED = (0.45, 0.55)
-"""Where sse/(2 gamma2 D) of the last epoch must be under the rules that make it 1/2."""
+"""Range for sse/(2 gamma2 D) of the last epoch, under the rules that make it 1/2."""
 SETTLING = ("computed", "learned", "optimal")
 """Balances under which gamma2 should equal the mse."""
 FIDS = ("rec", "gen1", "gen2")

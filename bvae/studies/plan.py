@@ -18,7 +18,7 @@ from bvae.studies.kinds import FromRow, Row, Study
 SCALED = ("epochs", "epochs2", "lr_halve", "lr_halve2", "fid_every", "eval_every")
 RESERVED = ("out", "resume", "seed", "data", "device", "dry_run", "max_steps", "inception", "allow_few", "logger")
 STAND_IN = 0.01
-"""for a setting that another row's run has yet to find, where only its name is checked"""
+"""value for a setting that another row's run has yet to find, where only the setting's name is checked"""
 
 
 @dataclass(frozen=True, kw_only=True)

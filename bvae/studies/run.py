@@ -17,7 +17,7 @@ from bvae.studies.store import Store
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 60.0
-"""for a training to save its state when the study is asked to end"""
+"""time for a training to save its state when the study is asked to end"""
 LOGS = "logs"
 
 

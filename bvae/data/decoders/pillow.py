@@ -328,7 +328,7 @@ def _check_depth(image: Image.Image, data: bytes) -> None:
     if image.format == "AVIF":
         start = data.find(b"av1C", 0, 2**16)
         deep |= start < 0 or bool(data[start + 6] & 0x40)  # high_bitdepth
-    if image.format in ("PNG", "PPM", "TIFF"):  # the depth that Pillow is about to read, before it makes 8 bits of it
+    if image.format in ("PNG", "PPM", "TIFF"):  # the mode that Pillow is about to read, before it makes 8 bits of it
         for tile in cast(ImageFile.ImageFile, image).tile:
             rawmode, *rest = (tile.args,) if isinstance(tile.args, str) else tile.args or ("",)
             deep |= ";16" in rawmode or (tile.codec_name.startswith("ppm") and bool(rest) and rest[0] > 255)

@@ -1,4 +1,4 @@
-"""How the priors that are networks are trained."""
+"""Training of the priors that are networks."""
 
 import math
 from collections.abc import Callable, Iterable
