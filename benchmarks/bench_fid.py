@@ -36,7 +36,7 @@ from bvae.metrics.protocols import PROTOCOLS
 from bvae.metrics.sources import ArrayImages, Images, open_images
 from bvae.metrics.weights import HELP, find_weights, load_inception
 
-SAMPLES = 10_000  # of the distance
+SAMPLES = 10_000  # samples from which the distance is computed
 
 
 def main() -> None:
@@ -129,7 +129,7 @@ def network_speed(
 
 
 def distance_speed(device: torch.device) -> dict[str, float]:
-    """Of features like Inception's: non-negative, with a spectrum over some decades."""
+    """Speed on features like Inception's: non-negative, with a spectrum over some decades."""
     rng = np.random.default_rng(0)
     mixing = rng.normal(size=(FEATURES, FEATURES)) * np.geomspace(0.1, 1e-4, FEATURES)
     sides = []
@@ -161,7 +161,7 @@ def distance_speed(device: torch.device) -> dict[str, float]:
 def agreement(
     networks: dict[str, tuple[Inception, str]], theirs: torch.jit.ScriptModule, pixels: Tensor, batch: int
 ) -> dict[str, dict[str, float]]:
-    """Of features, and of the FID between the two halves of the images, under every protocol."""
+    """Agreement of features, and of the FID between the two halves of the images, under every protocol."""
     found: dict[str, dict[str, float]] = {}
     print(f"\nagreement on {len(pixels)} images: |ours - theirs| / |theirs| of features; FID of their halves")
     for name, protocol in PROTOCOLS.items():

@@ -273,7 +273,7 @@ def all_cases(elements: int, device: torch.device) -> list[Case]:
 
 @dataclass
 class Timed:
-    """What is timed: `calls` calls of an operation, recorded as a CUDA graph or made one by one from Python."""
+    """The timed work: `calls` calls of an operation, recorded as a CUDA graph or made one by one from Python."""
 
     run: Call
     calls: int
@@ -360,7 +360,7 @@ def measure(case: Case, clock: Clock, rounds: int, rivals: tuple[str, ...]) -> d
             name = f"{case.op}, {case.size}: {rival}"
             try:
                 prepared[rival] = clock.prepare(case.make[rival](), small, name)
-            except Exception as error:  # of a compiler that cannot: the others are still worth measuring
+            except Exception as error:  # a compiler cannot build it: the others are still worth measuring
                 if rival == "fused":
                     raise
                 result[rival] = None
@@ -382,7 +382,7 @@ def measure(case: Case, clock: Clock, rounds: int, rivals: tuple[str, ...]) -> d
 
 
 def commit() -> str:
-    """Of the source tree, "-dirty" where it was changed; "unknown" outside a repository."""
+    """Commit of the source tree, with "-dirty" where it was changed; "unknown" outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -412,7 +412,9 @@ def line(result: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--elements", type=int, help="of the large sizes (default: 2^28 on CUDA, 2^25 on a CPU)")
+    parser.add_argument(
+        "--elements", type=int, help="elements in the large sizes (default: 2^28 on CUDA, 2^25 on a CPU)"
+    )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--json", type=Path, help="also write the figures, in microseconds, to this file")

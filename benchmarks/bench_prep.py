@@ -235,7 +235,7 @@ def serve(folder: Path, workers: int | None) -> None:
 
 
 def cpu_seconds() -> float:
-    """Of this process and its children, which live on."""
+    """CPU seconds of this process and its children, which live on."""
     ticks = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

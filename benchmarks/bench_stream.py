@@ -56,7 +56,7 @@ class Training:
         batches.begin(0)
         self.runner = make_runner(batches, step, True)
         if batches.device.type == "cuda" and self.runner.why_eager is not None:
-            sys.exit(f"error: {self.runner.why_eager}")  # what is measured would not be what bvae.train runs
+            sys.exit(f"error: {self.runner.why_eager}")  # the measured steps would differ from those of bvae.train
 
     def run(self, steps: int) -> float:
         """Images a second over `steps` steps."""

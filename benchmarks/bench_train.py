@@ -60,8 +60,8 @@ from bvae.models.vae import VAE, first_stage, penalised_modules, second_stage
 from bvae.stages.objective import Noise, VAEObjective
 
 SAMPLES = 5_000
-Run = Callable[[int], None]  # trains so many steps
-FACTS: dict[str, Any] = {}  # what there is to tell of this process's contestant beside its times
+Run = Callable[[int], None]  # trains for that number of steps
+FACTS: dict[str, Any] = {}  # facts about this process's contestant besides its times
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--recipes", nargs="+", default=["cifar10", "celeba"], help="presets of bvae.train")
     parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, help="of a turn, about; default 2, with --quick 0")
+    parser.add_argument("--seconds", type=float, help="rough duration of a turn; default 2, with --quick 0")
     parser.add_argument("--quick", action="store_true", help="a tiny network, one step a turn")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--serve", nargs=3, metavar=("RECIPE", "STAGE", "CONTESTANT"), help=argparse.SUPPRESS)
@@ -121,7 +121,7 @@ def with_totals(report: dict[str, Any], figures: dict[str, Any], first: str) -> 
 
 
 def command(argv: list[str]) -> str:
-    """What was run, less where its result went."""
+    """The command that was run, without the place of its result."""
     words = ["python", "benchmarks/bench_train.py", *argv]
     if "--json" in words:
         at = words.index("--json")
@@ -147,11 +147,11 @@ class Contestant:
         )
 
     def time(self, steps: int) -> float:
-        """Seconds that so many steps take."""
+        """Seconds that `steps` steps take."""
         return float(self._ask(steps))
 
     def end(self) -> dict[str, Any]:
-        """What there is to tell of it; "peak_memory_mib": of torch's allocator on CUDA, of the process on a CPU."""
+        """Facts about it; "peak_memory_mib": of torch's allocator on CUDA, of the process on a CPU."""
         facts: dict[str, Any] = json.loads(self._ask(0))
         self.process.communicate()
         return facts
@@ -169,7 +169,7 @@ class Contestant:
 def serve(name: str, config: Config, stage: int, device: torch.device) -> None:
     """The other end of a `Contestant`."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # output of libraries is no answer
     if name.startswith("bvae"):
         prepare_process()
     run = contestant(name, config, stage, device)
@@ -233,7 +233,7 @@ class Turns:
 
 
 def contestant(name: str, c: Config, stage: int, device: torch.device) -> Run:
-    """What trains, with the kernels that bvae.train has CUDA take at its precision."""
+    """The contestant's steps, with the kernels that bvae.train selects on CUDA at its precision."""
     kernels = functools.partial(training_kernels, device, amp=has_bf16(device) and name != "plain")
     with kernels():
         run = CONTESTANTS[name](c, stage, device)
@@ -391,7 +391,7 @@ def bvae(c: Config, stage: int, device: torch.device, compiled: bool | None = No
     endless = 10**9  # as long as it takes for a trial of torch.compile to pay
     runner, FACTS["compiled"] = choose_way(batches, step, True, compiled, endless, lambda text: print(text, flush=True))
     if device.type == "cuda" and runner.why_eager is not None:
-        sys.exit(f"error: {runner.why_eager}")  # what is measured would not be what bvae.train runs
+        sys.exit(f"error: {runner.why_eager}")  # the measured steps would differ from those of bvae.train
     batches.begin(0)
     left = batches.steps
 

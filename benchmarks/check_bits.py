@@ -46,7 +46,7 @@ def finish(process: subprocess.Popen[bytes]) -> None:
 
 
 def reached(run: Path, stage: int, epoch: int) -> bool:
-    """Whether the run's records hold that epoch."""
+    """True if the run's records hold that epoch."""
     try:
         lines = (run / "metrics.jsonl").read_text().splitlines()
     except FileNotFoundError:

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def tf32(allowed: bool) -> contextlib.AbstractContextManager:
-    """Whether torch may let CUDA's convolutions, and bvae.train its fp32 products, compute in TF32."""
+    """A context in which torch may, or may not, let CUDA's convolutions and bvae.train's fp32 products use TF32."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed)
 
 

@@ -1,6 +1,6 @@
 """Shows that preparing images takes bounded memory: makes a large zip of CelebA-like JPEGs, prepares it, and measures.
 
-What is counted is anonymous memory (`Anonymous` in /proc/PID/smaps_rollup), summed over the process and its
+The figure is anonymous memory (`Anonymous` in /proc/PID/smaps_rollup), summed over the process and its
 workers, sampled every 50 ms: all that they allocate, the interpreter's own included, but not the files of libraries.
 Ends with 1 if the peak is above the limit. Linux only; needs about 20 KB of disk for each image.
 """

@@ -44,7 +44,7 @@ from bvae.world import ALONE
 
 CSRC = Path(__file__).parents[1] / "csrc"
 RECIPE = "cifar10"
-IMAGES = 1_000  # of the data set without data
+IMAGES = 1_000  # images in the data set without data
 
 Parts = collections.Counter[str]
 
@@ -141,7 +141,7 @@ class Launches(TorchDispatchMode):
 
 
 def is_view(func: Any) -> bool:
-    """Whether an operation gives its argument's memory in another shape, for which a GPU does nothing."""
+    """True if an operation gives its argument's memory in another shape, for which a GPU does nothing."""
     returns = func._schema.returns
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
@@ -220,7 +220,7 @@ def count_epoch_end(c: Config) -> Parts:
         moved = Moved(model.stage1, objective.state())
         counted = Launches()
         with unittest.mock.patch.object(graph, "_recording", Replayed(counted)):
-            data: Any = None  # of which scores need nothing
+            data: Any = None  # scores need no data
             schedule = Schedule(c.epochs, c.lr, c.lr_halve, 1)
             stage = ImageStage(
                 c, model, objective, batches, schedule, noise, data, images, None, True, None, ALONE

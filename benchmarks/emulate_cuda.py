@@ -3,7 +3,7 @@
 
     python benchmarks/emulate_cuda.py [--multiprocessors N] [--order forward|reverse|SEED] [--build FOLDER] [PYTEST ...]
 
-What is not one of the options goes to pytest; without any, the tests of the ops run. In the extension that it builds,
+Arguments other than these options go to pytest; without any, the tests of the ops run. In the extension that it builds,
 CPU tensors go to the kernels instead of the CPU loops. An access outside of a tensor or of a block's shared memory, a
 misaligned vector, a barrier or shuffle that a thread of the block or warp does not reach end the process with a report
 of where. docs/ops.md says what this shows and what only a GPU can.
@@ -69,7 +69,7 @@ def library(name: str) -> str:
 
 
 def missing() -> str | None:
-    """What this machine lacks for the emulation, or None."""
+    """The thing that this machine lacks for the emulation, or None."""
     if find_compiler() is None:
         return "a C++ compiler"
     absent = [name for name in PRELOAD if not Path(library(name)).is_file()]
@@ -142,15 +142,17 @@ def run(
         "CUDA_EMULATION_MULTIPROCESSORS": str(multiprocessors),
         "CUDA_EMULATION_ORDER": order,
     }
-    # Of stderr only Python's is captured: the reports of what ends the process are on the file itself.
+    # Only Python's part of stderr is captured: reports of errors that end the process are written to the file itself.
     command = [sys.executable, "-m", "pytest", "-p", "emulated", "--capture=sys", "-p", "no:cacheprovider"]
     return subprocess.run([*command, *arguments], env=environment, cwd=ROOT, **options)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--multiprocessors", type=int, default=132, help="what the device says it has")
-    parser.add_argument("--order", default="forward", help="of blocks, warps and threads: forward, reverse or a seed")
+    parser.add_argument("--multiprocessors", type=int, default=132, help="number that the device states")
+    parser.add_argument(
+        "--order", default="forward", help="order of blocks, warps and threads: forward, reverse or a seed"
+    )
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "cuda_emulation", help="the folder to build in")
     args, arguments = parser.parse_known_args()
     if missing() is not None:

@@ -39,7 +39,7 @@ COLUMNS = ["fma", "alu", "special", "fp64", "memory"]
 
 
 def disassemble(source: Path, arch: str) -> dict[str, list[tuple[int, str]]]:
-    """Of each kernel, by its mangled name, the instructions with their addresses."""
+    """For each kernel, by its mangled name, the instructions with their addresses."""
     nvcc = find_nvcc()
     if nvcc is None:
         sys.exit("error: no nvcc (looked in CUDA_HOME, in /usr/local/cuda and on the PATH)")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "studies"
 DOCUMENT = ROOT / "docs" / "results.md"
 DATA = {"evidence-fashion": "FASHION", "evidence-mnist": "MNIST"}
-"""what stands for the images in a command"""
+"""word that stands for the images in a command"""
 
 HEAD = """# Results
 

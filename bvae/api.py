@@ -116,7 +116,7 @@ def _with_settings(config: Config, settings: dict[str, Any]) -> Config:
 
 
 def _dataset(train: Data, test: Data | None, config: Config) -> Dataset | None:
-    """The data set of arrays; None where `train` is a path, to be read once the configuration is known."""
+    """The data set of arrays; None if `train` is a path, which is read once the configuration is known."""
     if isinstance(train, Dataset):
         if test is not None:
             raise UserError("test images are given beside a Dataset, which has its own")

@@ -62,9 +62,9 @@ class Balance:
     loss: type[GaussianVAELoss]
     settings: type | None = None
     takes_gamma: bool = False
-    """whether the loss has a `gamma` that may be given"""
+    """true if the loss has a `gamma` that may be given"""
     images_only: bool = False
-    """whether its target is in the images' units, so that it says nothing about latents"""
+    """true if its target is in the images' units, so that it says nothing about latents"""
 
     def build(
         self,

@@ -1,4 +1,4 @@
-"""What a user's mistake or machine may cause, and how a command line ends on it."""
+"""Errors that a user's mistake or machine may cause, and how a command line ends on them."""
 
 import contextlib
 import io

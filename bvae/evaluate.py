@@ -37,7 +37,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bvae.evaluate", description=__doc__)
     parser.add_argument("run", type=Path, help="a run's folder, or one that save_pretrained wrote")
     parser.add_argument("--data", help="images as for training; by default what the run was trained on")
-    parser.add_argument("--num", type=int, help="use only the first so many test images")
+    parser.add_argument("--num", type=int, help="use only the first NUM test images")
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -46,8 +46,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--inception", help="the network's weights, or `download`")
     group.add_argument("--no-fid", action="store_true", help="leave the FIDs out")
     group.add_argument("--protocol", choices=PROTOCOLS, default=DEFAULT)
-    group.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the Inception network")
-    group.add_argument("--fid-num", type=int, default=NUM, help="generated images, and at most so many of the test set")
+    group.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="precision of the Inception network"
+    )
+    group.add_argument(
+        "--fid-num", type=int, default=NUM, help="number of generated images and, at most, of test images"
+    )
     group.add_argument("--only", nargs="*", choices=PARTS, help="measure these alone; nothing: --prior alone")
     group.add_argument("--rec", choices=("both", "sampled", "mean"), default="both", help="how latents are decoded")
     group.add_argument("--contrast", action="store_true", help="restore the contrast of reconstructions before REC")
@@ -69,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in priors:
         check_name(name)
         sample_latents(args.run, model, name, 1, 0)  # is there one, of these weights?
-    # Before anything takes time: whether there are weights, and that they are the right ones.
+    # Weights must be there, and be the right ones, before anything takes time.
     weights = None if args.no_fid else find_weights(args.inception)
     if weights is None and not args.no_fid:
         print(f"note: no FID, since the weights of its network are missing: {HELP}", file=sys.stderr)

@@ -27,9 +27,9 @@ from bvae.run.folder import load
 from bvae.two_stage import TwoStageVAE
 
 BATCHES = (1, 2, 7)  # sizes at which the outputs are compared
-TOLERANCE = 1e-4  # of the largest difference, against the larger of 1 and the largest output; float32 throughout
+TOLERANCE = 1e-4  # largest difference allowed, relative to the larger of 1 and the largest output; float32 throughout
 OPSET = 18
-MAX_ONNX_BYTES = 2**31 - 2**20  # of a file of protocol buffers, less what is no weight
+MAX_ONNX_BYTES = 2**31 - 2**20  # size limit of a protocol-buffers file, less room for all that is not weights
 DESCRIPTION = "export.json"
 
 Outputs = list[np.ndarray]
@@ -257,7 +257,7 @@ def make(name: str, part: Part, form: Format, description: dict[str, Any]) -> by
         difference = largest_difference(part, form.open(data))
     except UserError as error:
         raise UserError(f"the {name} cannot be exported: {error}") from error
-    except Exception as error:  # of many kinds, as the exporter's passes and a network of a user's own have them
+    except Exception as error:  # the exporter's passes and a user's own network raise errors of many kinds
         reason = next(iter(str(error).strip().splitlines()), "")
         raise UserError(f"the {name} cannot be exported: {type(error).__name__}: {reason}") from error
     if not difference <= TOLERANCE:

@@ -66,7 +66,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is something at `path`. Raises UserError where that cannot be told: no permission, no such name."""
+    """True if something exists at `path`. Raises UserError if that cannot be found out: no permission, no such name."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):

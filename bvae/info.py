@@ -15,7 +15,7 @@ PACKAGES = ("bvae", "torch", "numpy", "pillow", "matplotlib", "safetensors", "te
 
 
 def build_info() -> dict[str, str]:
-    """What the extension was built with: torch, cuda (empty: none), compiler, flags. Empty if not built."""
+    """Facts of the extension's build: torch, cuda (empty: none), compiler, flags. Empty if not built."""
     try:
         host = importlib.import_module("bvae._host")
     except ImportError:

@@ -52,7 +52,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def _cpu_line(name: str) -> str | None:
-    """What Linux says of the processor under `name`."""
+    """The value that Linux states for the processor under `name`."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -64,18 +64,18 @@ def _cpu_name() -> str:
     return _cpu_line("model name") or platform.machine()
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # values in glibc's malloc.h
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether bf16 arithmetic runs on units of its own there. Where it does not it is far slower than fp32."""
+    """True if bf16 arithmetic has units of its own on the device. Without them it is far slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & _cpu_flags())
 
 
 def has_amx() -> bool:
-    """Whether the CPU multiplies bf16 by tiles."""
+    """True if the CPU multiplies bf16 by tiles."""
     return "amx_bf16" in _cpu_flags()
 
 

@@ -68,7 +68,7 @@ def first_derivative(name: str, grads: tuple[Tensor | None, ...], *inputs: Tenso
 
 
 def _transformed() -> bool:
-    """Whether torch.func (grad, vmap, jacrev ...) runs the caller: it can transform the plain twins alone."""
+    """True if torch.func (grad, vmap, jacrev ...) runs the caller: it can transform only the plain twins."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
@@ -312,9 +312,9 @@ def gather(
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Whether every element is finite, and so is its square in float32: a bool scalar on the device.
+    """Is every element finite, and its square in float32 too? Returns a bool scalar on the device.
 
-    That is, whether |x| < 2^64. Adam keeps running means of squares, which one infinite square would spoil for good.
+    The test is |x| < 2^64. Adam keeps running means of squares, which one infinite square would spoil for good.
 
     Args:
         tensors: at least one, all on one device, float32, bfloat16 or float16, of any strides and sizes.

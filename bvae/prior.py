@@ -66,7 +66,7 @@ def parse(argv: list[str] | None) -> tuple[Common, Any]:
 
 
 def _attribute(name: str) -> str:
-    """Where the arguments keep the settings of a prior."""
+    """The attribute in which the arguments keep the settings of a prior."""
     return f"settings_of_{name.replace('-', '_')}"
 
 

@@ -17,7 +17,7 @@ WORD = 0xFFFFFFFF
 
 
 class SampleKL(NamedTuple):
-    """What `sample_kl` returns: z as mu; kl, a scalar or [k]; moments [4, k]."""
+    """Result of `sample_kl`: z as mu; kl, a scalar or [k]; moments [4, k]."""
 
     z: Tensor
     kl: Tensor
@@ -25,7 +25,7 @@ class SampleKL(NamedTuple):
 
 
 class BalancedLossOut(NamedTuple):
-    """What `balanced_loss` returns: loss and sse, scalars; stats [4] = mse_batch, kl/B, gamma2 used, nll."""
+    """Result of `balanced_loss`: loss and sse, scalars; stats [4] = mse_batch, kl/B, gamma2 used, nll."""
 
     loss: Tensor
     sse: Tensor
@@ -325,7 +325,7 @@ def linear_relu(x: Tensor, weight: Tensor, bias: Tensor, counters: Tensor) -> Te
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Whether |x| < 2^64 for every element. See `bvae.ops.all_finite`."""
+    """True if |x| < 2^64 for every element. See `bvae.ops.all_finite`."""
     return torch.stack([(t.float().abs() < 2.0**64).all() for t in tensors]).all()
 
 

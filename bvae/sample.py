@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--num", type=positive, default=100, help="number of images")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--columns", type=positive, default=10, help="of the grid")
+    parser.add_argument("--columns", type=positive, default=10, help="columns of the grid")
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(

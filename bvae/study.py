@@ -58,7 +58,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     group.add_argument("--inception", metavar="PATH", help="weights of the network; without them FIDs are left out")
     group.add_argument("--no-fid", action="store_true", help="leave FIDs out")
     group.add_argument("--protocol", choices=("tf1", "pytorch-fid", "clean"), default="tf1")
-    group.add_argument("--precision", choices=("fp32", "bf16"), help="of the network; by default what the study says")
+    group.add_argument("--precision", choices=("fp32", "bf16"), help="precision of the network; default: the study's")
     group.add_argument("--fid-num", type=int, default=10_000, metavar="N", help="generated images")
     group = parser.add_argument_group("output")
     group.add_argument("--copy", type=Path, metavar="PATH", help="write study.json here too, without paths")

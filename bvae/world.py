@@ -20,7 +20,7 @@ from torch import Tensor
 from bvae.errors import UserError
 from bvae.machine import pick_device
 
-TIMEOUT = timedelta(minutes=10)  # for which one rank waits for another, which may be writing, drawing or compiling
+TIMEOUT = timedelta(minutes=10)  # longest wait of a rank for another, which may be writing, drawing or compiling
 
 
 class Lost(UserError):
@@ -34,7 +34,7 @@ def talking() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # of gloo, NCCL or the store, as the case may be
+    except RuntimeError as error:  # raised by gloo, NCCL or the store
         reason = re.sub(r"^\[\S+\] ", "", (str(error) or type(error).__name__).splitlines()[0]).split(". ")[0]
         rank = f"rank {os.environ.get('RANK', 0)}"
         raise Lost(f"{rank} has lost the other processes: one has ended or hangs ({reason})") from error
@@ -74,7 +74,7 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0."""
+        """True on rank 0."""
         return self.rank == 0
 
     def connect(self, device: str) -> Self:
@@ -143,7 +143,7 @@ class World:
     # ---- words --------------------------------------------------------------------------------------------------
 
     def from_first(self, text: str) -> str:
-        """What rank 0 gives, on every rank."""
+        """The text that rank 0 gives, on every rank."""
         if self._store is None:
             return text
         self._said += 1
@@ -158,13 +158,16 @@ class World:
             self._job.set("bvae/remembered", text)
 
     def remembered(self) -> str | None:
-        """What an earlier attempt of this job gave to `remember`: None in its first attempt, and without torchrun."""
+        """The text that an earlier attempt of this job gave to `remember`.
+
+        None in the job's first attempt, and without torchrun.
+        """
         if self._job is not None and self._job.check(["bvae/remembered"]):
             return self._job.get("bvae/remembered").decode()
         return None
 
     def _speaks(self) -> bool:
-        """Whether this process is the first of the job to report why the job ends."""
+        """True if this process is the first of the job to report why the job ends."""
         if self._store is None:
             return True
         try:
@@ -199,7 +202,7 @@ class World:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Ends the connection. Of the ranks that end with a UserError only one lets it through, to be printed once."""
+        """Ends the connection. Only one of the ranks that end with a UserError lets it through, to print it once."""
         speaks = error is None or self._speaks()
         if self.size > 1 and dist.is_initialized():
             assert dist.group.WORLD is not None
@@ -208,7 +211,7 @@ class World:
                 dist.destroy_process_group()
             else:
                 with contextlib.suppress(RuntimeError):
-                    dist.group.WORLD.abort()  # what still waits for another rank must not hold up the end
+                    dist.group.WORLD.abort()  # operations that still wait for another rank must not delay the end
         if isinstance(error, UserError) and not speaks:
             raise SystemExit(2)
 

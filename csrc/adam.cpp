@@ -13,7 +13,7 @@ constexpr int64_t kGrain = 32768;  // elements a thread takes at least
 // Runs f(tensor, begin, end) over the elements of all tensors, in parts of equal size whatever the tensors' sizes.
 template <class T, class F>
 void over_elements(const std::vector<T>& tensors, const F& f) {
-  std::vector<int64_t> first{0};  // of each tensor's elements, were all in a row; then their number
+  std::vector<int64_t> first{0};  // start of each tensor's elements, were all in a row; then their number
   for (const T& t : tensors) first.push_back(first.back() + t.numel);
   torch::stable::parallel_for(0, first.back(), kGrain, [&](int64_t begin, int64_t end) {
     size_t i = static_cast<size_t>(std::upper_bound(first.begin(), first.end(), begin) - first.begin()) - 1;

@@ -6,7 +6,7 @@
 namespace bvae {
 namespace {
 
-constexpr size_t kMostBytes = 4096;  // of a kernel's parameters, on every driver
+constexpr size_t kMostBytes = 4096;  // limit for a kernel's parameters, in every driver
 
 // Chunk c of a launch is chunk c - first[t] of tensor t, where first[t] <= c < first[t + 1].
 template <int most>
@@ -16,7 +16,7 @@ struct Chunks {
   int64_t numel[most];
 };
 
-// What of a tensor a block has before it.
+// The part of a tensor that a block works on.
 struct Piece {
   int64_t begin;
   int n;

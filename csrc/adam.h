@@ -8,12 +8,12 @@
 
 namespace bvae {
 
-// What is the same for all elements of a call.
+// Factors that are the same for all elements of a call.
 struct AdamFactors {
   float old1, new1, old2, new2, eps;
 };
 
-// Of one step count: step_size = lr / (1 - beta1^t), inverse = 1 / sqrt(1 - beta2^t).
+// Corrections for one step count: step_size = lr / (1 - beta1^t), inverse = 1 / sqrt(1 - beta2^t).
 struct AdamCorrections {
   float step_size, inverse;
 };
@@ -55,7 +55,7 @@ BVAE_HD void adam_element(const AdamFactors& f, const AdamCorrections& c, float 
 // The bits of |x|, which are ordered as the numbers are, with infinity and then NaN above all of them.
 BVAE_HD int32_t magnitude(float x) { return static_cast<int32_t>(bits_of(x) & 0x7fffffffu); }
 
-// Of 2^64, the least number whose square is not finite in float: exp_avg_sq would stay infinite for good.
+// Bits of 2^64, the least number whose square is not finite in float: exp_avg_sq would stay infinite for good.
 constexpr int32_t kTooLarge = 0x5f800000;
 
 }  // namespace bvae

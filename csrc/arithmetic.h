@@ -5,7 +5,7 @@
 // the compiler's own contraction. They are written for few instructions: on a GPU, sampling is as much a matter of
 // arithmetic as of memory (docs/lab/throughput.md). Largest errors, in units in the last place: sigma 1.2, sigma^2 - 1 1.5
 // near collapse and 3.4 elsewhere, the logarithm 1, sine and cosine 2.4; tests/test_ops.py and test_ops_noise.py check
-// what is made of them. The double functions call libm: they serve gradcheck, not speed.
+// the operations built on them. The double functions call libm: they serve gradcheck, not speed.
 #pragma once
 
 #include "common.h"
@@ -264,7 +264,7 @@ BVAE_HD LossParts loss_parts(double sse, double kl, double gamma2, double kl_wei
   return p;
 }
 
-// What a loss reads beside the batch, and moves.
+// Everything that a loss reads beside the batch, and the state that it moves.
 struct LossState {
   float* gamma2;
   int64_t* skipped;

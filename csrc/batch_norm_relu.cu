@@ -1,5 +1,5 @@
-// What sums over channels on CUDA. Batch norm with ReLU: a kernel for sums, whose last block makes of them what a channel
-// needs, and one that writes the images, each way; the ends of residual blocks; ReLUs of dense layers. All are
+// Kernels that sum over channels. Batch norm with ReLU: one kernel for sums, whose last block turns them into what each
+// channel needs, and one that writes the images, each way; the ends of residual blocks; ReLUs of dense layers. All are
 // [rows, channels]: a thread keeps to its channels and walks down the rows.
 #include "device.cuh"
 
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, kNormResident) moments_kernel(NormAr
                        });
 }
 
-// What both kernels that write images know of a thread's channels.
+// The constants of a thread's channels, for both kernels that write images.
 template <int n>
 struct Scaling {
   Numbers<n> mean, scale, bias;

@@ -1,4 +1,4 @@
-// What every file here shares: the element types, and the marks for code that runs on host and device alike.
+// Definitions that every file here shares: element types, and marks for code that runs on host and device alike.
 #pragma once
 
 #include <cmath>

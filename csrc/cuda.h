@@ -104,7 +104,7 @@ int cuda_batch_norm_relu(const NormArgs& args, Launch launch);
 
 struct NormGradArgs {
   DType type;
-  const void *grad, *grad_through;  // of y, of `through`; the latter may be null
+  const void *grad, *grad_through;  // gradients of y and of `through`; the latter may be null
   const void* x;
   const float *weight, *bias;  // [C]
   const float* statistics;     // [2, C]
@@ -175,7 +175,7 @@ struct Elements {
 int cuda_all_finite(const Elements* tensors, int64_t count, bool* finite, Launch launch);
 
 struct AdamTensor {
-  DType type;  // of grad, not f64
+  DType type;  // type of grad, not f64
   const void* grad;
   float *parameter, *exp_avg, *exp_avg_sq;
   uint16_t* half;  // bf16, or null

@@ -1,4 +1,4 @@
-// What the kernels share: element conversions, vector loads, deterministic reductions, the last-block pattern.
+// Tools that the kernels share: element conversions, vector loads, deterministic reductions, the last-block pattern.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,7 +16,7 @@ constexpr int kThreads = 256;
 template <class T>
 constexpr int kVector = 16 / sizeof(T);
 
-// Vectors whose loads a thread starts before it uses the first: what keeps the memory busy. Of doubles one, for their
+// Vectors whose loads a thread starts before it uses the first: they keep the memory busy. One for doubles, for their
 // slower exp needs the registers.
 template <class T>
 constexpr int kAhead = sizeof(T) == 8 ? 1 : sizeof(T);
@@ -91,7 +91,7 @@ __device__ __forceinline__ A target_value(T v) {
   }
 }
 
-// A type of so many bytes that moves by one instruction.
+// A type of n bytes that moves by one instruction.
 template <size_t n>
 struct Bytes;
 template <>

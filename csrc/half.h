@@ -31,7 +31,7 @@ BVAE_HD uint16_t f16_from_float(float x) {
   const uint32_t small = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
   const uint32_t normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
   uint32_t h = magnitude < 0x38800000u ? small : normal;
-  h = magnitude >= 0x477ff000u ? 0x7c00u : h;  // what rounds beyond the largest half
+  h = magnitude >= 0x477ff000u ? 0x7c00u : h;  // values that round to more than the largest half
   h = magnitude > 0x7f800000u ? 0x7e00u : h;
   return static_cast<uint16_t>(h | sign);
 }

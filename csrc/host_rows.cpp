@@ -70,7 +70,7 @@ void RowFile::check_index(const int64_t* index, int64_t n) const {
   }
 }
 
-// What the page cache holds, without waiting for the disk.
+// Reads from the page cache alone, without waiting for the disk.
 bool RowFile::read_cached(int64_t at, int64_t bytes, uint8_t* to) const {
   iovec piece{to, static_cast<size_t>(bytes)};
   return ::preadv2(file_, &piece, 1, at, RWF_NOWAIT) == bytes;

@@ -80,7 +80,7 @@ class RowStream {
   // reading threads' end.
   void close();
 
-  // Whether this is a child of the process that has the threads. There, all but close() is undefined, and a stream must
+  // True in a child of the process that has the threads. There, all but close() is undefined, and a stream must
   // not be destroyed: its mutex may be locked for good.
   bool forked() const;
 
@@ -95,7 +95,7 @@ class RowStream {
   const int64_t* const order_;
   const int64_t batch_, batches_;
   const std::vector<uint8_t*> slots_;
-  const int64_t pieces_;  // of a batch, so that threads share one
+  const int64_t pieces_;  // pieces of a batch, so that threads share one
   const int64_t units_;   // pieces of all batches
   const int owner_;       // the process that has the threads
 
@@ -104,7 +104,7 @@ class RowStream {
   std::atomic<bool> stop_{false};
   int64_t unit_ = 0;       // the next piece to be read
   int64_t given_ = 0;      // batches that next() gave
-  int64_t released_ = 0;   // of them, those whose place is free again
+  int64_t released_ = 0;   // batches among given_ whose place is free again
   std::vector<int64_t> done_;  // pieces read of the batch in each place
   std::string error_;
   std::mutex join_;  // held while threads_ are joined

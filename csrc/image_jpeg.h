@@ -12,8 +12,8 @@ namespace bvae {
 extern const char* const kJpegVersion;
 
 struct JpegCrop {
-  int width, height;  // that the file must have
-  int left, top;      // of the crop, whose size is that of the taps
+  int width, height;  // size that the file must have
+  int left, top;      // corner of the crop, whose size is that of the taps
 };
 
 // The crop of a JPEG file, resized: out [vertical.size, horizontal.size, channels]. channels: 3, or 1 of a grey file.

@@ -12,7 +12,7 @@
 namespace bvae {
 namespace {
 
-constexpr int kBits = 22;  // of the weights' fraction
+constexpr int kBits = 22;  // bits in the fraction of the weights
 constexpr int32_t kHalf = 1 << (kBits - 1);
 
 inline uint8_t to_byte(int32_t sum) {

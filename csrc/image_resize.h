@@ -8,7 +8,7 @@
 
 namespace bvae {
 
-// What each of `size` results along one side takes from `length` pixels: the weights [size, most] of the pixels from
+// The weights that each of `size` results along one side gives to `length` pixels: [size, most], for the pixels from
 // first[i] on, count[i] of them, in units of 2^-22. Throws std::invalid_argument where they lie outside.
 class Taps {
  public:

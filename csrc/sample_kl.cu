@@ -137,8 +137,8 @@ __global__ void __launch_bounds__(kThreads, kForward<T, vector>) sample_kernel(S
     const T* mu_at = static_cast<const T*>(args.mu.data) + row * args.mu.stride + first;
     const T* log_sigma_at = static_cast<const T*>(args.log_sigma.data) + row * args.log_sigma.stride + first;
     T* z_at = static_cast<T*>(args.z) + row * k + first;
-    A sums[3][4];  // of mu, mu^2 and sigma^2
-    A rest[4];     // of the part of kl that is not mu^2 / 2
+    A sums[3][4];  // sums of mu, mu^2 and sigma^2
+    A rest[4];     // sums of the part of kl that is not mu^2 / 2
 
     // The next `rows` rows of this thread.
     auto take = [&]<int rows>() {
@@ -330,7 +330,7 @@ __global__ void __launch_bounds__(kThreads) noise_kernel(int64_t* words, float* 
   }
 }
 
-// Whether every quad of every row can move as one vector.
+// True if every quad of every row can move as one vector.
 template <class T>
 bool quads_aligned(const Rows& mu, const Rows& log_sigma, const void* a, const void* b, const void* c, int64_t k) {
   return k % 4 == 0 && mu.stride % 4 == 0 && log_sigma.stride % 4 == 0 && aligned<T, 4>(mu.data) &&

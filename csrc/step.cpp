@@ -1,4 +1,4 @@
-// What begins and ends an optimiser step: a copy of the state that it moves, sums of its figures, the state put back.
+// Start and end of an optimiser step: a copy of the state that it moves, sums of its figures, the state put back.
 #include "ops.h"
 
 #include <cstring>

@@ -16,7 +16,7 @@ struct StepFigures {
   double* trouble;  // scalar
 };
 
-// Adds all but the moments. What is not good is counted and adds nothing.
+// Adds all but the moments. A step that is not good is counted and adds nothing.
 BVAE_HD void add_figures(const StepFigures& f) {
   const bool good = *f.good;
   if (good) {

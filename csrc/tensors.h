@@ -123,7 +123,7 @@ inline bool same_sizes(const Tensor& a, const Tensor& b) {
   return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
 }
 
-// Whether two tensors of the same shape visit memory in the same order. A dimension of size 1 has no order.
+// True if two tensors of the same shape visit memory in the same order. A dimension of size 1 has no order.
 inline bool same_strides(const Tensor& a, const Tensor& b) {
   const auto sizes = a.sizes(), x = a.strides(), y = b.strides();
   for (size_t i = 0; i < sizes.size(); ++i) {
@@ -132,7 +132,7 @@ inline bool same_strides(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// Whether the elements fill one block of memory without gaps or overlap, in any order of the dimensions.
+// True if the elements fill one block of memory without gaps or overlap, in any order of the dimensions.
 inline bool is_dense(const Tensor& t) {
   if (t.numel() == 0) return true;
   const auto sizes = t.sizes(), strides = t.strides();
@@ -180,7 +180,7 @@ inline const void* optional_data(const std::optional<Tensor>& t) {
   return t.has_value() ? t->const_data_ptr() : nullptr;
 }
 
-// Whether the CPU loops take t. tools/emulate_cuda.py builds the extension so that the CUDA kernels do, on the CPU.
+// True if the CPU loops take t. benchmarks/emulate_cuda.py builds the extension so that CUDA kernels do, on the CPU.
 inline bool runs_on_cpu([[maybe_unused]] const Tensor& t) {
 #ifdef BVAE_EMULATE_CUDA
   return false;

@@ -1,4 +1,4 @@
-"""What all balances share: the arguments, the KL and its weight, gamma^2 as state that stays float32."""
+"""Shared parts of all balances: the arguments, the KL and its weight, gamma^2 as state that stays float32."""
 
 import math
 from collections.abc import Callable
@@ -38,13 +38,13 @@ class GaussianVAELoss(nn.Module):
     Args:
         kl_weight: weight of the KL, or "auto" for (2*side/k)^2, defined for square images [B,C,side,side]. May be set
             anew at any time.
-        logits: whether the reconstruction is logits of an image in [0,1] (the sigmoid is then fused into the loss).
+        logits: true if the reconstruction is logits of an image in [0,1] (the sigmoid is then fused into the loss).
     """
 
     per_latent: ClassVar[bool] = False
-    """whether forward takes as `kl` the sums [k] of every latent (ops.sample_kl with per_latent=True)"""
+    """true if forward takes as `kl` the sums [k] of every latent (ops.sample_kl with per_latent=True)"""
     timed: ClassVar[bool] = False
-    """whether the constructor needs `total_steps`"""
+    """true if the constructor needs `total_steps`"""
     gamma2: Tensor
     skipped: Tensor
     pool: Callable[[Tensor], Tensor] | None = None

@@ -1,4 +1,4 @@
-"""What a forward pass is part of: a repetition for activation checkpointing, a torch.func transform, several ranks."""
+"""Circumstances of a forward pass: repetition for activation checkpointing, a torch.func transform, several ranks."""
 
 import sys
 
@@ -8,7 +8,7 @@ from torch.utils import checkpoint
 
 
 def recomputing() -> bool:
-    """Whether torch.utils.checkpoint(use_reentrant=False) repeats a forward pass whose effects have already happened.
+    """True if torch.utils.checkpoint(use_reentrant=False) repeats a forward pass whose effects have already happened.
 
     With use_reentrant=True the first pass runs under no_grad and has none; its repetition is the one that counts.
     """
@@ -23,7 +23,7 @@ def recomputing() -> bool:
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func (grad, vmap, jacrev ...) runs the caller."""
+    """True if a transform of torch.func (grad, vmap, jacrev ...) runs the caller."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 

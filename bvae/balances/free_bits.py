@@ -21,7 +21,7 @@ class FreeBitsLoss(MovingLoss):
     Args:
         kl_weight, logits: see GaussianVAELoss. gamma, manual, process_group: see MovingLoss.
         bits: nats per latent, lambda in the paper.
-        monotone: whether gamma^2, which follows the mse where no `gamma` is given, never grows.
+        monotone: if true, gamma^2, which follows the mse where no `gamma` is given, never grows.
         accumulate: refused; the mean of a latent over a batch cannot be known from a part of it.
 
     State: `clipped_kl`, the sum above in the last training step, and `clipped`, the part of the latents below.

@@ -37,7 +37,7 @@ class BalancedLoss(MovingLoss):
             optimiser step: gradient accumulation then gives the gamma2 of the undivided batch.
         start: gamma2 before the first batch; "first-batch": that batch's own mse (with several ranks, its first loss
             uses each rank's own).
-        monotone: whether gamma2 never grows.
+        monotone: if true, gamma2 never grows.
         manual: move gamma2 in `follow` only.
         process_group: the ranks that train this model together; None for all of the job.
 
@@ -87,7 +87,7 @@ class ComputedSettings:
     gamma_start: float | Literal["first-batch"] = 1.0
     """gamma^2 before the first batch; `first-batch` takes that batch's mse."""
     gamma_monotone: bool = True
-    """Whether the computed gamma never grows, as in the paper; without it, it follows the mean error at any batch."""
+    """If true, the computed gamma never grows, as in the paper; if false, it follows the mean error at any batch."""
 
     arguments: ClassVar[dict[str, str]] = {"gamma_start": "start", "gamma_monotone": "monotone"}
 

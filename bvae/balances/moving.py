@@ -1,4 +1,4 @@
-"""What the balances whose state follows the batches share: when it moves, and by which figures, of how many ranks."""
+"""Shared parts of the balances whose state follows the batches: when it moves, by which figures, of how many ranks."""
 
 import math
 from typing import Any, ClassVar, Literal
@@ -22,7 +22,7 @@ class MovingLoss(GaussianVAELoss):
     Args:
         gamma: the decoder's standard deviation, which then stays; None follows the mse.
         start: gamma2 before the first batch, or "first-batch" for that batch's own mse.
-        monotone: whether gamma2 never grows.
+        monotone: if true, gamma2 never grows.
         accumulate: gather sums over several forward passes and move the state only in `step()`, to be called once per
             optimiser step.
         manual: gather nothing; the caller moves the state by `follow`, with figures of its own.
@@ -33,7 +33,7 @@ class MovingLoss(GaussianVAELoss):
 
     pending: Tensor
     pending_sums: ClassVar[int] = 4
-    """how many of the sums are saved: squares, elements, KL, samples"""
+    """number of sums that are saved: squares, elements, KL, samples"""
 
     def __init__(
         self,
@@ -139,10 +139,10 @@ class MovingLoss(GaussianVAELoss):
         return self._fused(recon, target, kl, kl_weight, weight, update, self.monotone)
 
     def _follow(self, mse: Tensor, kl: Tensor, some: Tensor | None = None) -> None:
-        """Moves what a rule has beside the gamma2 that follows the mse; `some`: whether there was a batch at all."""
+        """Moves what a rule has beside the gamma2 that follows the mse; `some`: true if there was a batch at all."""
 
     def _good(self, mse: Tensor, kl: Tensor, some: Tensor | None) -> Tensor:
-        """Whether the figures of a step are finite; those that are not are counted, unless gamma2's step does so."""
+        """True if the figures of a step are finite. Counts a step where they are not, unless gamma2's step does so."""
         good = (mse + kl).isfinite()
         if not self.follows_mse:
             self.skipped += ~good if some is None else ~good & some

@@ -1,1 +1,1 @@
-"""Where a stage's batches come from: memory of the device, or a file that is read while training."""
+"""Sources of a stage's batches: memory of the device, or a file that is read while training."""

@@ -31,7 +31,7 @@ def _whole(array: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def is_mapped(array: np.ndarray) -> bool:
-    """Whether MappedImages can read it."""
+    """True if MappedImages can read it."""
     return locate(_whole(array)[0]) is not None
 
 
@@ -68,7 +68,7 @@ class MappedImages:
         self.device = device
         self.shape = array.shape
         self.rows: range | np.ndarray = range(len(array)) if rows is None else rows
-        """of each image, its number in the file"""
+        """for each image, its number in the file"""
         self.path, offset = place
         try:
             self.file = self.host.RowFile(self.path, offset, int(np.prod(array.shape[1:])), len(whole))

@@ -35,14 +35,14 @@ def to_device(images: np.ndarray, device: torch.device) -> Tensor:
 class Batches:
     """`count` samples in batches of `batch`, reshuffled every epoch; the last partial batch is dropped.
 
-    To be used as `begin` at an epoch's start, then `fetch` and `draw` for every batch; `epoch` does all three.
+    Call `begin` at an epoch's start, then `fetch` and `draw` for every batch; `epoch` does all three.
 
     `part` is what this process gives of every batch: all of it, or where several train together the rows that are its
     own. The order of an epoch is the same in all of them.
     """
 
     resident = True
-    """whether `fetch` does nothing: several batches can then be drawn within one CUDA graph"""
+    """true if `fetch` does nothing: several batches can then be drawn within one CUDA graph"""
 
     def __init__(self, count: int, batch: int, seed: int, device: torch.device, part: slice | None = None) -> None:
         self.count = count
@@ -65,10 +65,10 @@ class Batches:
         self.position.fill_(first)
 
     def fetch(self) -> None:
-        """What the host has to do for the next batch before it can be drawn."""
+        """Does the work of the host that the next batch needs before it can be drawn."""
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        """The next batch, as (input, target). Not to be called more often than the epoch has batches left."""
+        """The next batch, as (input, target). Call it no more often than the epoch has batches left."""
         raise NotImplementedError
 
     def _next_rows(self) -> Tensor:
@@ -85,7 +85,7 @@ class Batches:
             yield self.draw()
 
     def state(self) -> dict[str, Tensor]:
-        """What must be kept to go on with the same batches, beside the epoch's number and the place in it."""
+        """State needed to go on with the same batches, beside the epoch's number and the place in it."""
         return {}
 
 

@@ -22,14 +22,14 @@ from bvae.machine import free_memory
 
 Mode = Literal["auto", "always", "never"]
 
-SHARE = 0.6  # of the free memory that images may take; the rest is the training's
+SHARE = 0.6  # share of the free memory that images may take; training needs the rest
 RING = 8  # batches read ahead
 RING_BYTES = 256 * 2**20  # fewer where they are large
 DEVICE_RING = 3  # batches on the device: one being copied in, one waiting, one being read
 
 
 def stays_in_file(source: str, stream: Mode, device: torch.device) -> bool:
-    """Whether to leave the images at a path, a .npy file or a folder of them, where they are when they are loaded."""
+    """True if loading leaves the images at a path, a .npy file or a folder of them, where they are."""
     if stream != "auto":
         return stream == "always"
     path = Path(source)
@@ -43,7 +43,7 @@ def stays_in_file(source: str, stream: Mode, device: torch.device) -> bool:
 def place(images: np.ndarray, device: torch.device, stream: Mode) -> Images:
     """uint8 [N,H,W,C] on `device`, or left in their file: `auto` leaves mapped images that would take too much memory.
 
-    Raises UserError where they fit nowhere, cannot be read, or are to be streamed but are not mapped.
+    Raises UserError where they fit nowhere, cannot be read, or must be streamed but are not mapped.
     """
     too_large = is_mapped(images) and images.nbytes > SHARE * free_memory(device)
     if stream == "always" or (stream == "auto" and too_large):

@@ -1,4 +1,4 @@
-"""What defines a run: its settings, the published recipes, and the parts that settings name."""
+"""The definition of a run: its settings, the published recipes, and the parts that settings name."""
 
 from bvae.config.presets import PRESETS, find_preset
 from bvae.config.settings import Config

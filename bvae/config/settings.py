@@ -293,7 +293,7 @@ class Config(
         fields = {f.name: f for f in dataclasses.fields(Config) if f.name != "options"}
         hints = get_type_hints(Config)
         own = {f.name: get_type_hints(s)[f.name] for s in part_settings().values() for f in dataclasses.fields(s)}
-        # What may change on a resume may be absent: a run of an earlier version does not have every such setting.
+        # Settings that may change on a resume may be absent: a run of an earlier version does not have all of them.
         needed = {name for name, f in fields.items() if not f.metadata.get("free")} - ADDED_LATER
         missing = sorted(needed - set(values))
         if missing:

@@ -1,4 +1,4 @@
-"""Where encoded images come from: folders, zip and tar archives, sequences of them; as lists of small items.
+"""Sources of encoded images: folders, zip and tar archives, sequences of them; as lists of small items.
 
 Nothing is ever unpacked: an item says where its bytes lie, and whoever decodes it, in whatever process, reads them
 there. So a name is only a label: one that begins with `/` or holds `..` names no file that could be written.
@@ -36,7 +36,7 @@ def _optional(*names: str) -> Any:
     return None
 
 
-zstd = _optional("compression.zstd", "backports.zstd")  # of Python 3.14, or its like for those before
+zstd = _optional("compression.zstd", "backports.zstd")  # in Python 3.14, or its equivalent for older versions
 inflate64 = _optional("inflate64")
 
 ZIPS = (".zip",)
@@ -45,23 +45,23 @@ ZST_TARS = (".tar.zst", ".tzst") if zstd is not None else ()
 PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", *ZST_TARS)
 ARCHIVES = (*ZIPS, *PLAIN_TARS, *PACKED_TARS)
 NESTED = (*ARCHIVES, ".7z", ".rar")
-METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "XZ", 98: "PPMd"}  # of a zip, by number
+METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "XZ", 98: "PPMd"}  # zip methods by number
 DEFLATE64 = 9
 
-MAX_BYTES = 2**26  # of one encoded image: what a decoder holds in memory
+MAX_BYTES = 2**26  # largest size of one encoded image, which a decoder holds in memory
 MAX_NAME = 4096  # characters of a name in an archive; no file system takes longer paths
 MAX_PACKED_HEAD = 2**20  # bytes of a member that are unpacked to see how it begins: a block of bzip2
 MAX_HEADERS = 2**20  # bytes of headers before a member of a tar, which are held in memory
 MAX_GLOBALS = 64  # values in a tar's global headers, which hold for all members that follow
-CHUNK_IMAGES = 128  # of one piece of work for a decoder
-CHUNK_BYTES = 2**22  # of one whose items hold their bytes
+CHUNK_IMAGES = 128  # images in one piece of work for a decoder
+CHUNK_BYTES = 2**22  # bytes in one piece of work whose items hold their bytes
 
 Kind = Literal["folder", "zip", "tar"]
 Stamp = tuple[int, ...]
 
 
 def stamp(status: os.stat_result) -> Stamp:
-    """What tells a file from the same file changed, or another in its place: size, inode, times of change."""
+    """Values that tell a file from the same file changed, or another in its place: size, inode, times of change."""
     return status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
@@ -162,7 +162,7 @@ class BytesItem:
 
 @dataclass(frozen=True, slots=True)
 class UnusableItem:
-    """What the listing already shows to be no image that could be read."""
+    """An item that the listing already shows to be no readable image."""
 
     name: str
     reason: str
@@ -238,16 +238,16 @@ class Source:
             check_stamp(path, taken, now)
 
     def where(self, item: Item) -> str:
-        """What to call an item in a message."""
+        """The name of an item in a message."""
         return os.path.join(self.path, item.name) if self.kind == "folder" else f"{self.path}[{item.name}]"
 
     def chunks(
         self, wanted: Callable[[int], bool], images: int = CHUNK_IMAGES
     ) -> Iterator[tuple[list[int], list[Item]]]:
-        """Pieces of work of up to so many images: (numbers of the items in `items`, items that can be read).
+        """Pieces of work of up to `images` images: (numbers of the items in `items`, items that can be read).
 
         They come in the order of `items`, but for those in compressed tars, which come last and as they lie there;
-        of those no more than `CHUNK_BYTES`, or a single one, are held at a time.
+        at most `CHUNK_BYTES` of those, or a single one, are held at a time.
         """
         numbers: list[int] = []
         chunk: list[Item] = []
@@ -314,7 +314,7 @@ def open_source(path: Path | str) -> Source:
 
 
 def _inside(source: Source) -> str:
-    """What there is in a source without images, for the end of a message."""
+    """A hint at the contents of a source without images, for the end of a message."""
     if source.nested:
         return f"; the archives inside ({', '.join(sorted(source.nested)[:3])}) are not opened: take them out"
     for kind in source.others:
@@ -326,7 +326,7 @@ def _inside(source: Source) -> str:
 
 
 def content_of(path: Path) -> str | None:
-    """What a file is by its first bytes (`kinds.content`), where it can be read and that can be told."""
+    """The kind of a file by its first bytes (`kinds.content`); None if it cannot be read or its kind is unknown."""
     try:
         with open(path, "rb") as file:
             return kinds.content(file.read(kinds.HEAD))
@@ -389,7 +389,7 @@ def _stamp_of(file: Path) -> Stamp:
 
 
 def _part_of(file: Path) -> str:
-    """What an archive is a part of: the set that Google Drive's `...-001.zip` begins, or itself."""
+    """The set an archive belongs to: the set that Google Drive's `...-001.zip` begins, or the archive itself."""
     match = re.fullmatch(r"(.*-)\d{3}\.zip", str(file), re.IGNORECASE)
     first = Path(f"{match[1]}001{file.suffix}") if match else file
     return match[1] if match and first.exists() else str(file)
@@ -564,7 +564,7 @@ def _head(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _inflate64(data: bytes, most: int) -> bytes:
-    """Deflate64, up to about so many bytes. Raises ValueError where it is damaged."""
+    """Decompresses Deflate64, up to about `most` bytes. Raises ValueError where the data is damaged."""
     inflater, parts, size = inflate64.Inflater(), [], 0
     for start in range(0, len(data), 2**14):
         parts.append(inflater.inflate(data[start : start + 2**14]))
@@ -664,7 +664,7 @@ def _begin(item: Any) -> bytes:
 
 
 def _pass_over_long(source: Source, name: str) -> bool:
-    """Whether a name is too long to be one; the file it is of is then sorted in under its beginning."""
+    """True if a name is too long to be one; an image with such a name is then listed under the name's beginning."""
     if len(name) <= MAX_NAME:
         return False
     if name.lower().endswith(SUFFIXES):
@@ -681,7 +681,7 @@ def _see_folder(source: Source, name: str) -> None:
 
 
 def _in_order(source: Source) -> Source:
-    """Sorts by name. Of files with one name the last is kept, as when an archive is unpacked."""
+    """Sorts by name. Keeps the last of the files with one name, as when an archive is unpacked."""
     source.items.sort(key=lambda item: item.name)
     source.unread.sort()
     last: dict[str, int] = {}

@@ -48,9 +48,9 @@ def read_npy(path: Path) -> np.ndarray:
 
 
 def open_npz(path: Path) -> NpzImages:
-    """What images there are in an .npz file, none of them read yet.
+    """Finds the images in an .npz file, and reads none of them yet.
 
-    That are the arrays with the names of `NPZ_KEYS`; without any of these the only array, or the only one that looks
+    These are the arrays with the names of `NPZ_KEYS`; without any of these the only array, or the only one that looks
     like images, of whatever name (`arr_0` of many samplers); or `data` beside `labels`, uint8 [N, 3*S*S] with the
     channels one after another, as ImageNet is published in small sizes.
 
@@ -122,7 +122,7 @@ class Rows:
         return len(self.index)
 
     def __getitem__(self, key: Any) -> np.ndarray:
-        """Of a row number, a slice, or an array of row numbers or bools."""
+        """Rows by a row number, a slice, or an array of row numbers or bools."""
         return self.base[self.index[key]]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -132,7 +132,7 @@ class Rows:
 def divide(images: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(the others, the chosen) of images [N, ...], by bool [N]; each in the order it had.
 
-    Of mapped images the chosen are read, and `Rows` stand in for the others.
+    If the images are mapped, the chosen ones are read, and `Rows` stand in for the others.
     """
     others = np.flatnonzero(~chosen)
     if isinstance(images, Rows):

@@ -108,7 +108,7 @@ class Dataset:
 
 
 class _Images(NamedTuple):
-    """What was read, unchecked. test: None where it is to be held out. digest: of both, where it is known."""
+    """The images as read, unchecked. test: None where it is held out later. digest: of both, where it is known."""
 
     name: str
     train: np.ndarray

@@ -16,7 +16,7 @@ from bvae.errors import UserError
 
 SIDE = 28
 PADDED = 32
-SIDES = (SIDE, PADDED)  # that can be had
+SIDES = (SIDE, PADDED)  # possible sides
 FOLDERS = ("", "raw", "MNIST/raw", "FashionMNIST/raw")  # torchvision keeps them in the latter
 _STEMS = ("train-images", "t10k-images")
 _KINDS = ("-idx3-ubyte", ".idx3-ubyte")

@@ -62,7 +62,7 @@ def decode(
     def reject(number: int, reason: str) -> None:
         item = source.items[number]
         if strict:
-            source.check_unchanged()  # which would be the reason
+            source.check_unchanged()  # a change would be the reason
             raise refusal(source.where(item), reason)
         rejects.append((item.name, reason))
 
@@ -95,7 +95,7 @@ def decode(
 class SourceDigest(threading.Thread):
     """Computes a source's digest beside the decoding. A context: leaving it early ends the work.
 
-    Of a single file it is the file's SHA-256. Otherwise it is the SHA-256 of what `sha256sum` prints for the
+    The digest of a single file is the file's SHA-256. Otherwise it is the SHA-256 of what `sha256sum` prints for the
     files in their order: of an archive's parts their names, of a folder's images their paths in it. Like that, it
     passes over an image that cannot be read.
     """

@@ -1,11 +1,11 @@
-"""What a file is, by the end of its name or its first bytes: an image that is read, or is not, or data of another kind.
+"""Kinds of files, by suffix or first bytes: images that are read, images that are not, and data of another kind.
 
 A file whose name says nothing is looked into: a missing or odd suffix must not drop an image.
 """
 
 import re
 
-# Of the formats in `bvae.data.decoders.pillow.FORMATS`.
+# Suffixes of the formats in `bvae.data.decoders.pillow.FORMATS`.
 SUFFIXES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".webp", ".avif", ".avifs", ".gif", ".qoi"),
     *(".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff", ".tga", ".pcx", ".sgi"),
@@ -67,7 +67,7 @@ _CONTENTS = (
     (rb"%!PS", "PostScript"),
 )
 
-# What people keep images in that is not read here, with the way out.
+# Containers of images that are not read here, each with a way out.
 CONVERT = "docs/data.md shows how to take the images out"
 CONTAINERS = {
     ".parquet": f"parquet; {CONVERT}",
@@ -98,7 +98,7 @@ def image_format(head: bytes) -> tuple[str, bool] | None:
 
 
 def content(head: bytes) -> str | None:
-    """What a file is that begins with these bytes and is not what it should be; None where that cannot be told."""
+    """The kind of a file that begins with these bytes and is not the image it should be; None if it is unknown."""
     for pattern, name in _CONTENTS:
         if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
             return name
@@ -115,5 +115,5 @@ def suffix(name: str) -> str:
 
 
 def container(name: str) -> str | None:
-    """What a file of this name is and how to convert it, where it is of a kind that may hold images; else None."""
+    """The kind of a file with this name and how to convert it, if the kind may hold images; else None."""
     return CONTAINERS.get(suffix(name))

@@ -28,7 +28,7 @@ _SPLIT_COLUMNS = ("partition", "split", "set", "subset", "part", "phase")
 
 
 class SplitWord(NamedTuple):
-    """What the name of a folder or archive says of a split.
+    """The split that the name of a folder or archive stands for.
 
     split: TRAIN, VAL or TEST.
     exact: the name is that of a split and nothing else, as `train` or `testA`; not so `cars_train`.
@@ -42,7 +42,7 @@ class SplitWord(NamedTuple):
 
 @lru_cache(maxsize=2**14)
 def split_word(name: str) -> SplitWord | None:
-    """What a name says of a split, or None. An archive's suffixes count for nothing."""
+    """The split that a name stands for, or None. An archive's suffixes count for nothing."""
     if len(name) > 255:
         return None
     stem = re.sub(r"(\.(zip|tar|tgz|gz|bz2|tbz2|xz|txz|zst|tzst))+$", "", name, flags=re.IGNORECASE)
@@ -57,7 +57,7 @@ def split_word(name: str) -> SplitWord | None:
 
 
 def is_list(path: str) -> bool:
-    """Whether a file of this name may say which image is for what."""
+    """True if a file of this name may list the images of each split."""
     base = path.rpartition("/")[2]
     return base in PARTITION_LISTS or base in MAPPINGS
 

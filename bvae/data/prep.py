@@ -1,6 +1,6 @@
 """python -m bvae.data.prep: turns a folder or archive of images into a prepared store, for `--data` of the trainer.
 
-What cannot be used is listed with its reason in the store's rejects.csv. See docs/prepare.md.
+Images that cannot be used are listed with their reasons in the store's rejects.csv. See docs/prepare.md.
 """
 
 import argparse
@@ -33,7 +33,7 @@ PREVIEWED = 64  # images of a source that --preview looks at, until it has enoug
 
 @dataclass(frozen=True)
 class Preset:
-    """What a data set's images mostly become. says: for --help."""
+    """The form that a data set's images mostly get. says: for --help."""
 
     size: Size
     crop: Crop
@@ -170,7 +170,7 @@ def _write_images(
 
 
 def _write_idx(source: str, files: tuple[Path, Path], writer: StoreWriter, recipe: Recipe) -> dict[str, Any]:
-    """What meta.json says of it."""
+    """Writes the images; returns the entries of meta.json about them."""
     if recipe.size not in idx.SIDES or recipe.channels != 1:
         raise refusal(
             source, "idx files hold grey images of 28x28, padded on request: --size 28 or --size 32, --channels 1"
@@ -225,11 +225,11 @@ def main(argv: list[str] | None = None, *, prog: str = "python -m bvae.data.prep
         help="shorter side of the centred box of the result's aspect that is kept; `square`, the largest such box (the "
         "default without a preset); `none`, the whole image",
     )
-    parser.add_argument("--filter", choices=FILTERS, default="bilinear", help="of the resize (bilinear)")
+    parser.add_argument("--filter", choices=FILTERS, default="bilinear", help="filter of the resize (bilinear)")
     parser.add_argument("--no-antialias", action="store_true", help="let the filter skip pixels when it shrinks")
     parser.add_argument("--channels", type=int, choices=(1, 3), help="3 (RGB) or 1 (grey); 3, of idx files 1")
     of_store = parser.add_argument_group("of the store")
-    of_store.add_argument("--backend", choices=("auto", "dali", "pillow"), default="auto", help="what decodes (auto)")
+    of_store.add_argument("--backend", choices=("auto", "dali", "pillow"), default="auto", help="decoder (auto)")
     of_store.add_argument("--workers", type=int, metavar="N", help="processes or threads (one a core)")
     of_store.add_argument("--device", choices=("cpu", "cuda"), help="where DALI decodes (cuda if there is one)")
     of_store.add_argument(
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None, *, prog: str = "python -m bvae.data.prep
         help="list of `name 0`, 1 (val) or 2 (test); `folders`, those named as splits alone; `none`, all as one set",
     )
     of_store.add_argument("--split", type=_parse_split, metavar="T,V,E", help="fractions of train, val, test")
-    of_store.add_argument("--seed", "--data-seed", type=_parse_seed, help="of a split at random (0)")
+    of_store.add_argument("--seed", "--data-seed", type=_parse_seed, help="seed of a random split (0)")
     of_store.add_argument("--strict", action="store_true", help="end with the first image that cannot be used")
     of_store.add_argument("--overwrite", action="store_true", help="replace a store, once the new one is complete")
     args = parser.parse_args(argv)
@@ -296,7 +296,7 @@ def _preview(source: str, file: Path, recipe: Recipe, is_idx: bool) -> None:
 
 
 def summary(result: Result) -> str:
-    """What was done, in a few lines."""
+    """A summary of the work done, in a few lines."""
     counts = result.meta["counts"]
     lines = []
     if result.rejects:

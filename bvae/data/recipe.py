@@ -1,4 +1,4 @@
-"""What becomes of a picture on its way into an array: the recipe every decoder follows, and what goes in and out."""
+"""The recipe by which every decoder turns a picture into an array, and the types of its inputs and results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ Filter = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 FILTERS: tuple[Filter, ...] = get_args(Filter)
 Crop = int | Literal["square", "none", "exact"]
 Size = int | tuple[int, int]  # a side, or (height, width)
-MAX_SIZE = 2**14  # of the result's side
+MAX_SIZE = 2**14  # largest side of the result
 
 
 class Rejected(Exception):
@@ -113,7 +113,7 @@ def size_text(height: int, width: int) -> str:
 
 @dataclass
 class Decoded:
-    """What became of a chunk of items.
+    """The result of a chunk of items.
 
     pixels: uint8 [n, height, width, channels], the images kept, in the chunk's order.
     kept: their n positions in the chunk.

@@ -1,4 +1,4 @@
-"""How this package words its refusals."""
+"""The wording of this package's refusals."""
 
 from pathlib import Path
 

@@ -27,7 +27,7 @@ RANGES = {
 }
 NAMES = tuple(RANGES)
 DISCRETE = ("number", "kind")
-# How a correlation with each is to be measured (`bvae.metrics.latent.factor_correlation`); a number is a period.
+# The measure of correlation for each factor (`bvae.metrics.latent.factor_correlation`); a number is a period.
 FACTOR_TYPES = ("linear", "categorical", "linear", "linear", "linear", math.pi / 2, 1.0, "linear")
 
 SATURATION = 0.9

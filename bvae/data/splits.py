@@ -1,4 +1,4 @@
-"""Which images are for train, val and test: by an official list, by sub-folders, or by fractions and a seed."""
+"""Assignment of images to train, val and test: by an official list, by sub-folders, or by fractions and a seed."""
 
 import hashlib
 import os
@@ -29,14 +29,14 @@ from bvae.data.recipe import Rejected
 from bvae.data.refusal import refusal
 from bvae.errors import UserError
 
-Fractions = tuple[Fraction, Fraction, Fraction]  # of train, val and test
+Fractions = tuple[Fraction, Fraction, Fraction]  # shares of train, val and test
 
 SPLITS = ("train", "val", "test")
 UNLISTED = -1  # a partition list is in use, and the image is not in it
 OUTSIDE = -2  # train/ and test/ are in use, and the image lies beside them
 
-NONE, FOLDERS = "none", "folders"  # what `partition` may be beside a file
-HELD_OUT = 10  # one image in so many becomes test where a source does not say
+NONE, FOLDERS = "none", "folders"  # values that `partition` may have, besides a file
+HELD_OUT = 10  # one image in HELD_OUT becomes test where a source does not say
 MAX_LIST = 2**28  # bytes of a partition list; CelebA's has 3 million
 AMBIGUOUS = (
     "--partition folders takes the folders that are named as splits and leaves the others out, --partition none takes "
@@ -46,7 +46,7 @@ AMBIGUOUS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of each item of a source.
+    """The split that each item of a source goes to.
 
     part: int8 [items], TRAIN, VAL, TEST, UNLISTED or OUTSIDE.
     how: in a few words, for people.
@@ -269,7 +269,7 @@ def _hq_numbers(source: Source) -> dict[int, int]:
 
 
 def _by_folders(source: Source, seed: int | None, others_may_be_left_out: bool = False) -> Plan | None:
-    """By folders, or archives, that are named as splits; None where none is. The highest on an image's path counts.
+    """Splits by folders, or archives, that are named as splits; None where none is. The highest in a path counts.
     Without a test, one is drawn from `train` by the seed, if there is one."""
     groups = _groups(source)
     part = np.full(len(source.items), OUTSIDE, np.int8)
@@ -375,7 +375,7 @@ def _check_empty(source: Source, groups: dict[str, dict[str, int]], part: np.nda
 
 
 def hold_out(where: Path | str, among: np.ndarray, seed: int) -> np.ndarray:
-    """A tenth, at least one, of so many numbers, at random in the seed.
+    """A tenth of the numbers `among`, but at least one, drawn at random from the seed.
 
     Args:
         where: for messages.

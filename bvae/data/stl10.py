@@ -40,7 +40,7 @@ def read(file: Path) -> np.ndarray:
 
 
 def is_tar(path: Path) -> bool:
-    """Whether one of the files is among the first members of a file that is a tar archive by its name."""
+    """True if a file with the name of a tar archive has one of the STL-10 files among its first members."""
     if not path.name.lower().endswith((".tar.gz", ".tgz", ".tar")):
         return False
     try:
@@ -53,7 +53,7 @@ def is_tar(path: Path) -> bool:
 
 
 def tar_reader(path: Path) -> Callable[[str], np.ndarray]:
-    """What reads a split's images from `stl10_binary.tar.gz`, in memory; nothing is extracted."""
+    """A function that reads a split's images from `stl10_binary.tar.gz`, in memory; nothing is extracted."""
 
     def read_split(split: str) -> np.ndarray:
         found = None

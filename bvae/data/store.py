@@ -1,7 +1,7 @@
 """The prepared store: a folder with one uint8 .npy a split, `meta.json`, which says how they came about, `rejects.csv`.
 
 A store appears whole or not at all. It is written into `.NAME.partial` beside its place, which a lock marks as in use,
-and renamed once everything is on the disk. What a killed run has left there, the next one clears away.
+and renamed once everything is on the disk. The next run clears away the remains of a killed run.
 """
 
 import contextlib
@@ -92,7 +92,7 @@ class Store:
 
 
 def has_meta(path: Path) -> bool:
-    """Whether a folder is a store, rather than one with arrays and perhaps a meta.json of the user's own.
+    """True if a folder is a store, rather than one with arrays and perhaps a meta.json of the user's own.
 
     Raises:
         UserError: if its meta.json cannot be read.
@@ -289,7 +289,7 @@ class StoreWriter:
         found = set(os.listdir(self._real))
         if not found:
             return
-        # By what meta.json says, not by names: others too keep a train.npy beside a meta.json.
+        # The test is meta.json, not the names: others too keep a train.npy beside a meta.json.
         if not found >= {META, *ARRAYS} or not has_meta(self._real):
             raise refusal(self.path, "exists and is not a prepared store: choose another --out")
         if not self._overwrite:

@@ -1,4 +1,4 @@
-"""Whether torch.compile makes a stage's passes: where that is left open, by timing steps with and without.
+"""Decides if torch.compile makes a stage's passes: where the user leaves it open, by timing steps with and without.
 
 Which is faster depends on processor, network and torch: nobody has to know it.
 """
@@ -47,13 +47,13 @@ def compile_step(batches: Batches, step: Step) -> str | None:
 def choose_way(
     batches: Batches, step: Step, graph: bool, wanted: bool | None, total: int, note: Callable[[str], None]
 ) -> Way:
-    """The runner of a stage's steps, and whether they are compiled. To be called in training mode.
+    """The runner of a stage's steps, and whether they are compiled. Needs training mode.
 
-    Changes nothing but the gradients and what Batches.begin sets, which is to be called after it.
+    Changes only the gradients and the state that Batches.begin sets: call Batches.begin after it.
 
     Args:
         graph: replay steps from a CUDA graph where that can be.
-        wanted: whether to compile them; None leaves that to a trial, if the stage is long enough for it to pay.
+        wanted: True compiles them, False does not; None leaves it to a trial, if the stage is long enough to pay.
         total: steps of the stage.
         note: is told in a line what takes minutes, and what came of it.
     """
@@ -101,7 +101,7 @@ def _faster(batches: Batches, step: Step, graph: bool, total: int, note: Callabl
                 if round_:  # the first warms up
                     seconds.append(took)
     before, after = (statistics.median(seconds) for seconds in times.values())
-    # Of turns beside each other: a machine whose speed drifts slows both alike.
+    # The ratio is that of turns beside each other: a machine whose speed drifts slows both alike.
     ratio = statistics.median(c / p for p, c in zip(times[plain], times[compiled], strict=True))
     way = compiled if ratio < MAX_TIME_RATIO else plain
     step.minimise = objectives[way]
@@ -122,7 +122,7 @@ def _duration(runner: Runner, batches: Batches, step: Step) -> float:
 
 
 def _seconds(runner: Runner, batches: Batches, step: Step, steps: int) -> float:
-    """What so many steps take, on the slowest rank: the same figure on all of them."""
+    """Seconds that `steps` steps take, on the slowest rank: the same figure on all of them."""
     batches.begin(0)
     _wait(batches.device)
     started = time.perf_counter()

@@ -57,7 +57,7 @@ class Eager:
 
 
 class Graph:
-    """Steps replayed from CUDA graphs of one and of several steps. To be made in training mode, after Batches.begin.
+    """Steps replayed from CUDA graphs of one and of several steps. Create one in training mode, after Batches.begin.
 
     Making it changes nothing but the gradients. Raises RuntimeError where the steps cannot be recorded.
     """
@@ -79,7 +79,7 @@ class Graph:
             for _ in range(WARM_UP):
                 steps(1)
                 undo()
-            # What a recorded step leaves in .grad must be of the graphs' own memory.
+            # The gradients that a recorded step leaves in .grad must lie in the graphs' own memory.
             step.zero_grad()
             for n in (1, STEPS) if batches.resident else (1,):
                 self.replays[n] = record(lambda n=n: steps(n))  # type: ignore[misc]
@@ -190,8 +190,9 @@ def _first_line(error: BaseException) -> str:
 def _recording() -> Iterator[Callable[[Callable[[], None]], Callable[[], None]]]:
     """A stream beside the current one, in which warm-up and recording have to be; the two wait for each other.
 
-    Gives `record(program)`, which records what `program` would have the device do, without doing it, and returns what
-    does it. What it returns may be called in any order, one at a time: all recordings share their working memory.
+    Gives `record(program)`, which records what `program` would have the device do, without doing it, and returns
+    a function that does it. Call these functions in any order, one at a time: all recordings share their working
+    memory.
     """
     here, side, pool = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
@@ -199,7 +200,7 @@ def _recording() -> Iterator[Callable[[Callable[[], None]], Callable[[], None]]]
         graph = torch.cuda.CUDAGraph()
         collecting = gc.isenabled()
         gc.collect()
-        gc.disable()  # what it frees may wait for an event, which a recording forbids
+        gc.disable()  # objects that it frees may wait for an event, which a recording forbids
         try:
             # thread_local: what other threads ask of CUDA meanwhile (a loader pins memory) does no harm.
             with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):

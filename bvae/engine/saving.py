@@ -1,4 +1,4 @@
-"""What a training keeps on disk: its last state, and the best weights of the stage under way."""
+"""Files that a training keeps: its last state, and the best weights of the stage under way."""
 
 import math
 import time

@@ -39,7 +39,7 @@ class Moved:
         self.tensors = [self.flat, *(t for t in (*own, *others) if id(t) not in in_flat)]
         """all of it, dense tensors"""
         self.kept = [torch.empty_like(t) for t in self.tensors]
-        """as it was when `keep` was called, in the same order"""
+        """copies of `tensors` as they were when `keep` was called, in the same order"""
 
     def keep(self) -> None:
         """Copies it all, for `put_back` or the end of the step."""
@@ -64,7 +64,7 @@ def _unique(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _owns_its_memory(t: Tensor) -> bool:
-    """Whether a float32 tensor fills a storage of its own, so that it can be moved into another."""
+    """True for a float32 tensor that fills a storage of its own, so that it can be moved into another storage."""
     whole = t.untyped_storage().nbytes() == t.numel() * t.element_size()
     return t.dtype == torch.float32 and t.is_contiguous() and whole
 

@@ -121,7 +121,7 @@ class Step:
     def compile(self, x: Tensor, target: Tensor) -> str | None:
         """Lets torch.compile make the forward and backward pass of the steps to come, on batches like this one.
 
-        To be called in training mode. It runs both on the batch: the caller puts back what they move. Returns None, or
+        Call it in training mode. It runs both on the batch: the caller puts back what they move. Returns None, or
         in one line why it cannot be done; the step then stays what it was.
         """
         if any(norm.gather is not None for norm in batch_norms(self.model)):
@@ -134,7 +134,7 @@ class Step:
         self.minimise = torch.compile(MethodType(own, self.objective), fullgraph=True, dynamic=False)
         try:
             self._gradients(x, target)
-        except Exception as error:  # of any of its many tools; an error of ours the step itself will raise again
+        except Exception as error:  # any of its many tools may raise; the step itself raises an error of ours again
             self.minimise = self.objective
             return _reason(error)
         return None

@@ -1,4 +1,4 @@
-"""A look at the threads of a CPU's steps: whether other work keeps the cores busy, so that one would be faster.
+"""Finds out if other work keeps the cores of a CPU busy, so that steps with one thread would be faster.
 
 OpenMP's threads wait for each other at the end of every operation. Where one of them shares its core with another
 program, all wait for it, and two threads can be several times slower than one.
@@ -16,7 +16,7 @@ from bvae.engine.compiling import MIN_STAGE_STEPS
 from bvae.engine.graph import undone
 from bvae.engine.step import Step
 
-STEPS = 2  # of a turn
+STEPS = 2  # steps in one turn
 ROUNDS = 3
 LOOK_STEPS = 1 + 2 * ROUNDS * STEPS  # at most, of one look
 BUSY = 1.25  # times as long a step with all threads as with one, from which the cores count as busy
@@ -72,7 +72,7 @@ def look(run: Callable[[int], object], clock: Callable[[], float] = time.perf_co
 def note_busy_cores(batches: Batches, step: Step, total: int, note: Callable[[str], None]) -> None:
     """Says where one thread would be faster: on a CPU whose cores other work keeps busy, where a long stage begins.
 
-    Changes nothing else: the steps that it times are undone. To be called in training mode.
+    Changes nothing else: the steps that it times are undone. Call it in training mode.
 
     Args:
         total: steps of the stage.

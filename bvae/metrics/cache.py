@@ -14,7 +14,7 @@ from bvae.errors import UserError
 from bvae.files import encode_json
 from bvae.metrics.statistics import Origin, Statistics, load_statistics, save_statistics
 
-VERSION = 1  # of how features are made: a change that moves them takes another
+VERSION = 1  # version of the feature computation: a change that alters features needs a new version
 VARIABLE = "BVAE_CACHE"
 
 

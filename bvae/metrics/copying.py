@@ -1,4 +1,4 @@
-"""Whether samples copy what a model was fitted on: nearest neighbours, and the share that lies nearer to it."""
+"""Do samples copy the data a model was fitted on? Nearest neighbours, and the share that lies nearer to that data."""
 
 import math
 from collections.abc import Iterable
@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 64 * 2**20  # of vectors as float32 at a time
+BLOCK_BYTES = 64 * 2**20  # bytes of float32 vectors at a time
 
 
 class Share(NamedTuple):
-    """How many samples are nearer to what was fitted on than to held-out items."""
+    """Share of samples that are nearer to the fitted data than to held-out items, and its chance level."""
 
     closer: float
     """share of the samples; a tie counts half"""
@@ -23,7 +23,7 @@ class Share(NamedTuple):
 
 
 class Copying(NamedTuple):
-    """Whether samples are copies of fitted codes."""
+    """Figures that show if samples are copies of fitted codes."""
 
     closer: float
     chance: float
@@ -81,7 +81,7 @@ def share_closer(
 
 @torch.no_grad()
 def copied_codes(samples: Tensor, fitted: Tensor, held_out: Tensor) -> Copying:
-    """Whether latents that a prior draws are copies of the codes it was fitted to.
+    """Checks if latents that a prior draws are copies of the codes it was fitted to.
 
     Codes are best given as posterior means over the active latents alone: the others are noise, in which no two codes
     are near each other, and would hide a copy. All fitted codes are searched, not as many as are held out, since a

@@ -1,4 +1,4 @@
-"""From images to statistics: the protocol, the network and the moments, batch by batch on the network's device."""
+"""Statistics from images: the protocol, the network and the moments, batch by batch on the network's device."""
 
 import itertools
 from collections.abc import Callable, Iterable
@@ -33,7 +33,7 @@ class Extractor:
         self.weights = weights
 
     def origin(self, done: str = "") -> Origin:
-        """Of its features; `done` is what was done to the images before: "", "+jpeg", "+stretch"."""
+        """Origin of its features; `done` names the changes made to the images before: "", "+jpeg", "+stretch"."""
         precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.network.dtype]
         return Origin(self.protocol.name + done, self.weights, precision)
 
@@ -74,8 +74,8 @@ class Extractor:
             keep: keep the features too. They are kept anyway where there are fewer than dimensions.
             progress: called with the number of images after each batch.
 
-        In a distributed job the ranks take turns: of the set's batches each gives every so-many-th (see
-        bvae.metrics.sources), and all get the statistics of the whole set.
+        In a distributed job the ranks take turns: with N ranks, rank r passes batches r, r+N, r+2N, ... (see
+        bvae.metrics.sources). All ranks get the statistics of the whole set.
         """
         moments = Moments(FEATURES, self.network.device)
         kept: list[Tensor] | None = []

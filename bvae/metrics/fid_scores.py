@@ -29,7 +29,7 @@ from bvae.world import ALONE, World
 CHUNK = 500  # images in memory at a time
 NUM = 10_000  # the paper's number of generated images
 
-Progress = Callable[[str, int, int], None]  # what is being measured, images done, images in all
+Progress = Callable[[str, int, int], None]  # name of the measurement, images done, images in all
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -42,7 +42,7 @@ class FIDScorer:
     Args:
         extractor: the network under its protocol.
         images: uint8 [N,H,W,C], resident; the reference, and what is reconstructed.
-        num: generated images; of the reference no more than so many, its first, are used.
+        num: number of generated images; at most the first `num` images of the reference are used.
         allow_few: score fewer than 2,048 images too; the label then says so.
         cache: of the reference's statistics; by default none.
 
@@ -80,7 +80,7 @@ class FIDScorer:
         )
 
     def about(self) -> dict[str, Any]:
-        """What goes with its figures: counts, precision, weights, label."""
+        """Facts that go with its figures: counts, precision, weights, label."""
         origin = self.reference.origin
         return {
             "n": self.num,
@@ -118,7 +118,7 @@ class FIDScorer:
         return self._score(what, self._decoded(model, z), len(z))
 
     def curve(self, model: TwoStageVAE, stage: int, seed: int) -> dict[str, Any]:
-        """What an epoch of that stage adds to its line in metrics.jsonl. Latents are not rescaled."""
+        """The scores that an epoch of that stage adds to its line in metrics.jsonl. Latents are not rescaled."""
         if stage == 1:
             found = {"fid_rec": self.reconstructed(model, seed), "fid_gen1": self.generated(model, 1, seed, False)}
         else:

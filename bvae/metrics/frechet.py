@@ -19,7 +19,7 @@ def frechet_distance(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> fl
         values, vectors = torch.linalg.eigh(cov1)
         kept = values > _noise(values)
         a = vectors[:, kept] * values[kept].sqrt()
-    # What rounding leaves of eigenvalues that are 0 would come out as its square root, far larger.
+    # Eigenvalues that are 0 come out as rounding errors, and the square root of a rounding error is far larger.
     product = torch.linalg.eigvalsh(a.T @ cov2 @ a)
     cross = product[product > _noise(product)].sqrt().sum()
     return _distance(mu1, mu2, cov1.trace(), cov2.trace(), cross)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEATURES = 2048
-SIDE = 299  # of the images it takes
+SIDE = 299  # height and width of the images it takes
 BN_EPS = 1e-3
 
 Weights = Mapping[str, Tensor]

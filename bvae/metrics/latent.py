@@ -1,4 +1,4 @@
-"""What a posterior over a data set says of its latents: the variance law, inactive latents, and what each encodes."""
+"""Properties of latents under a posterior over a data set: variance law, inactive latents, what each latent encodes."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ def variance_law(var_mu: Tensor, sigma2: Tensor) -> Tensor:
 
 
 def inactive(sigma2: Tensor) -> Tensor:
-    """Which latents [k] carry nothing: E_x[sigma_j^2] >= 0.8."""
+    """True for the latents [k] that carry nothing: E_x[sigma_j^2] >= 0.8."""
     return sigma2 >= INACTIVE
 
 
@@ -40,7 +40,7 @@ def factor_correlation(mu: np.ndarray, factors: np.ndarray, types: Sequence[floa
     def standardised(columns: np.ndarray) -> np.ndarray:
         centred = columns - columns.mean(0)
         norm = np.sqrt((centred**2).sum(0))
-        # What rounding leaves of a constant is relative to its size.
+        # Rounding leaves a constant column a small norm, which is proportional to the size of the constant.
         varies = norm > 1e-12 * np.sqrt(len(columns)) * np.abs(columns).max(0, initial=0)
         return np.divide(centred, norm, out=np.zeros_like(centred), where=varies)
 

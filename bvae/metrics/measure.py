@@ -76,7 +76,7 @@ def real_floor(
 
     Args:
         train, test: uint8 [N,H,W,C] or floats in [0,1]; test is the reference.
-        num: of each set no more than so many, its first; FIDs compare only where the counts are equal.
+        num: use at most the first `num` images of each set; FIDs compare only where the counts are equal.
         allow_few: fewer than 2,048 images too, which the label then says.
 
     Returns:
@@ -102,7 +102,7 @@ def _done(jpeg: bool, stretched: bool) -> str:
 
 
 def _from_first(found: Statistics | None, device: torch.device) -> Statistics | None:
-    """What rank 0 has found, on every rank."""
+    """The statistics that rank 0 has found, on every rank."""
     shared = [None if found is None else found.to(torch.device("cpu"))]
     with talking():
         dist.broadcast_object_list(shared, src=0)

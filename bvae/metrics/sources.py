@@ -27,13 +27,13 @@ from bvae.errors import UserError
 from bvae.metrics.protocols import quantise, stretch
 from bvae.metrics.statistics import Statistics, holds_statistics, load_statistics
 
-NAMES = (*SPLITS, "extra", "unlabeled")  # of splits, behind a colon
-READ = 500  # images at a time, but no more than
-READ_BYTES = 2**27  # of their pixels
-CHUNK_BYTES = 2**23  # of a decoder's piece of work
-KEPT_BYTES = 2**28  # of decoded pixels that are kept from checking to measuring
+NAMES = (*SPLITS, "extra", "unlabeled")  # names of splits, after a colon
+READ = 500  # images at a time; fewer where their pixels would take more than READ_BYTES
+READ_BYTES = 2**27  # bytes of pixels at a time
+CHUNK_BYTES = 2**23  # bytes in one piece of work for a decoder
+KEPT_BYTES = 2**28  # bytes of decoded pixels that are kept from checking to measuring
 FEW_IMAGES = 500  # decoded before worker processes would have started
-ROUNDING = 1e-5  # by which floats may lie outside [0,1]; they are clipped
+ROUNDING = 1e-5  # distance by which floats may lie outside [0,1]; they are clipped
 GREY = "grey images, where the network expects colour: --grey repeats their channel, on both sides"
 
 
@@ -53,11 +53,11 @@ class Images:
     _digest: str | None = None
 
     def first(self, count: int) -> "Images":
-        """The first so many of them."""
+        """The first `count` of them."""
         raise NotImplementedError
 
     def digest(self) -> str:
-        """Of the pixels, or of the encoded files; reads everything once, and refuses what it finds unusable."""
+        """Digest of the pixels, or of the encoded files. Reads everything once, and refuses unusable images."""
         if self._digest is None:
             self._digest = self._read_all()
         return self._digest
@@ -69,12 +69,12 @@ class Images:
         raise NotImplementedError
 
     def batches(self, rank: int = 0, ranks: int = 1) -> Iterator[Tensor]:
-        """uint8 [B,H,W,C] or float32 [B,C,H,W] in [0,1]; of each `ranks` batches the `rank`-th."""
+        """uint8 [B,H,W,C] or float32 [B,C,H,W] in [0,1]; batches rank, rank + ranks, rank + 2 ranks and so on."""
         raise NotImplementedError
 
 
 class ArrayImages(Images):
-    """Of an array [N,H,W,C] or [N,H,W], perhaps mapped: uint8, or floats in [0,1]."""
+    """Images of an array [N,H,W,C] or [N,H,W], perhaps mapped: uint8, or floats in [0,1]."""
 
     def __init__(self, array: np.ndarray, name: str, grey: bool = False) -> None:
         shape = list(array.shape)
@@ -140,7 +140,7 @@ class ArrayImages(Images):
 
 
 class EncodedImages(Images):
-    """Of a folder or an archive, decoded as `bvae.data.decoders.pillow.decode_image` says, and not resized.
+    """Images of a folder or an archive, decoded as in `bvae.data.decoders.pillow.decode_image`, and not resized.
 
     Args:
         numbers: which of the source's items; by default all.
@@ -161,7 +161,7 @@ class EncodedImages(Images):
         return some
 
     def _read_all(self) -> str:
-        """Of the files' bytes; sizes, depths and channels are checked by what the files say of themselves."""
+        """Digest of the files' bytes; sizes, depths and channels are checked by what the files say of themselves."""
         h = hashlib.sha256(f"encoded 2 {PIL.__version__}".encode())
         first = ""
         wanted = self._wanted(self.numbers)
@@ -244,7 +244,7 @@ class EncodedImages(Images):
         return lambda number: bool(wanted[number])
 
     def _refuse(self, name: str, reason: str) -> None:
-        self.source.check_unchanged()  # which would be the reason
+        self.source.check_unchanged()  # a change would be the reason
         raise UserError(f"{self.name}: {name} {reason}") from None
 
 
@@ -262,7 +262,7 @@ class ChangedImages(Images):
         self.images.check(rank, ranks)
 
     def _read_all(self) -> str:
-        return self.images.digest()  # what was done stands in the protocol's name
+        return self.images.digest()  # the protocol's name records the changes
 
     def batches(self, rank: int = 0, ranks: int = 1) -> Iterator[Tensor]:
         for batch in self.images.batches(rank, ranks):
@@ -275,10 +275,10 @@ class ChangedImages(Images):
 
 
 def open_images(text: str, grey: bool = False) -> Images | Statistics:
-    """What lies at a path, which may end in `:train`, `:val` or `:test` where there are splits.
+    """Opens the images or statistics at a path, which may end in `:train`, `:val` or `:test` where there are splits.
 
-    Of data sets and arrays with a split the test images are the default, of folders and archives all images.
-    Raises UserError, in one line that names the path, for what is no set of images and no statistics.
+    The default is the test images for data sets and arrays with a split, and all images for folders and archives.
+    Raises UserError, in one line that names the path, where the path holds neither images nor statistics.
     """
     if not text.strip():
         raise UserError("the path is empty: images or statistics are expected")

@@ -1,4 +1,4 @@
-"""What a set of images comes down to for FID: mean, covariance and count of its features, and what they were made by.
+"""A set of images as FID sees it: mean, covariance and count of its features, and how the features were made.
 
 Files are .npz with the arrays `mu` and `sigma`, which pytorch-fid reads too, beside `meta`, JSON in bytes. Nothing in
 them is ever unpickled.
@@ -27,7 +27,7 @@ LABEL_FEW = "few images"
 
 @dataclass(frozen=True)
 class Origin:
-    """What else than the images decides about features.
+    """Everything besides the images that decides about features.
 
     protocol: its name, with what was done to the images before it: `tf1`, `tf1+jpeg`, `tf1+stretch`, ...
     weights: digest of the network's weights.
@@ -51,7 +51,7 @@ UNKNOWN = Origin(None, None, None)
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of one set of images.
+    """Feature statistics of one set of images.
 
     mean [d], covariance [d,d]: float64.
     n: images; None where a file does not say.
@@ -122,7 +122,7 @@ def save_statistics(path: Path, statistics: Statistics, meta: dict[str, Any] | N
 
 
 def holds_statistics(names: list[str]) -> bool:
-    """Whether an .npz of these arrays is one of statistics."""
+    """True if an .npz with these arrays holds statistics."""
     return {"mu", "sigma"} <= set(names)
 
 

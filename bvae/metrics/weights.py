@@ -18,7 +18,7 @@ from bvae.metrics.inception import Inception
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 FILE_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-# Of the tensors that FID uses, whatever file they are in: with or without the 1008-way head and the batch counters.
+# Digest of the tensors that FID uses, in any file: with or without the 1008-way head and the batch counters.
 CONTENT_SHA256 = "f52412653ee45bed604b0f4fa0d3942ce5f50784fece9766dfa6cbecddbe4555"
 NAMES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")  # pytorch-fid's, and
 # torch-fidelity's, which is the same file
@@ -83,7 +83,7 @@ def load_weights(path: Path) -> Checkpoint:
         raise UserError(f"{path}: not the Inception weights: it is {is_here}; needed: {HELP}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch, on archives of other kinds: what matters is raised
+            warnings.simplefilter("ignore")  # torch warns of archives of other kinds; real problems raise an error
             stored = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = "its pickle holds more than tensors, and was not run"

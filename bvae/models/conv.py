@@ -17,7 +17,7 @@ from bvae.models.half import Halved, half_of, on_cuda
 from bvae.models.plain import layers_are_plain
 
 SHORT_ROW = 16  # pixels; from here on oneDNN is faster
-SLOW_STRIDES = (1, 2) if has_amx() else (2,)  # of shorter rows
+SLOW_STRIDES = (1, 2) if has_amx() else (2,)  # strides at which oneDNN is slow on shorter rows
 
 
 def padding(kernel: int, stride: int, transposed: bool) -> tuple[int, int]:
@@ -81,7 +81,7 @@ class _Convolution(torch.autograd.Function):
 
 
 def _ours(x: Tensor, row: int, stride: int) -> bool:
-    """Whether oneDNN would be slow: rows of `row` pixels in bf16, in training, on a CPU."""
+    """True where oneDNN would be slow: rows of `row` pixels in bf16, in training, on a CPU."""
     return (
         not layers_are_plain()
         and row < SHORT_ROW

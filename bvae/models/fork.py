@@ -27,7 +27,7 @@ def side_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
 
 
 def beside(branch: Callable[[Tensor], T], x: Tensor) -> tuple[T, Callable[..., None]]:
-    """(branch(x), join). What the branch gave may be used after `join(tensor, ...)`, which names its tensors."""
+    """(branch(x), join). The branch's result may be used after `join(tensor, ...)`, which names its tensors."""
     side = _side
     if side is None:
         return branch(x), lambda *tensors: None

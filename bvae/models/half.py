@@ -20,7 +20,7 @@ class Halved:
 
 
 def half_of(weight: Tensor) -> Tensor:
-    """What a layer is to compute with: the copy under bf16 autocast where there is one, or the weight."""
+    """The weight that a layer computes with: under bf16 autocast its bf16 copy, if there is one, else `weight`."""
     half: Tensor | None = getattr(weight, "bf16_copy", None)
     if half is None or not torch.is_autocast_enabled(weight.device.type):
         return weight
@@ -32,7 +32,7 @@ def halved_weights(model: nn.Module) -> list[nn.Parameter]:
 
 
 def on_cuda(device: torch.device) -> bool:
-    """Whether layers are arranged for a GPU, where every pass over memory is a kernel of its own."""
+    """True if layers are arranged for a GPU, where every pass over memory is a kernel of its own."""
     return device.type == "cuda"
 
 
@@ -41,7 +41,7 @@ class Linear(Halved, nn.Linear):
 
     @property
     def halved(self) -> tuple[str, ...]:
-        # Of two bf16 gradients of biases in one loop, Inductor makes C++ that does not compile (torch 2.13).
+        # From two bf16 gradients of biases in one loop, Inductor makes C++ that does not compile (torch 2.13).
         return ("weight", "bias") if on_cuda(self.weight.device) else ("weight",)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -25,9 +25,9 @@ from bvae.models.norm import BatchNorm2d, BatchNormReLU
 if TYPE_CHECKING:
     from bvae.config import Config
 
-WIDTH = 1024  # of the dense layers
-STD = 0.02  # of initial weights
-SLOPE = 0.2  # of the leaky ReLU
+WIDTH = 1024  # width of the dense layers
+STD = 0.02  # standard deviation of initial weights
+SLOPE = 0.2  # slope of the leaky ReLU
 SMALLEST_SIGMA = 1e-6
 
 

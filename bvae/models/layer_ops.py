@@ -20,7 +20,7 @@ _raw = torch.ops.bvae
 
 
 def _fuses(x: Tensor) -> bool:
-    """Whether the extension takes these images: [B, C, H, W] in channels_last memory. torch.compile fuses by itself."""
+    """True if the extension takes these images: [B, C, H, W] in channels_last memory. torch.compile fuses by itself."""
     return (
         EXTENSION_ERROR is None
         and x.device.type in ("cpu", "cuda")

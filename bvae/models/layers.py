@@ -74,8 +74,8 @@ class Dense(Linear):
 
 # ---- convolutions ---------------------------------------------------------------------------------------------------
 # Shapes follow TensorFlow's "SAME": a stride s makes ceil(n/s) pixels of n, a transposed layer s*n. Kernels of 4 pixels
-# a side pad as TensorFlow does; those of 3 and 5 pad alike on all sides, which is TensorFlow's layer up to a reflection
-# of the image.
+# a side pad as TensorFlow does; those of 3 and 5 pad alike on all sides, which is TensorFlow's layer up to a
+# reflection of the image.
 
 
 def _of_an_image(weight: Tensor) -> bool:

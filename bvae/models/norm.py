@@ -91,7 +91,7 @@ class BatchNormReLU(BatchNorm2d):
         return y
 
     def beside(self, x: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What forward gives, and x + offset for a shortcut beside it."""
+        """The output of forward, and x + offset for a shortcut beside it."""
         if not self._fusible():
             x = _shifted(x, offset)
             return F.relu(super().forward(x)), x

@@ -39,7 +39,7 @@ class DataCache:
 def read_content(
     folder: Path | Run, name: str, cache: DataCache, device: str = "auto", views: Views | None = None
 ) -> RunContent:
-    """What there is to show of a run, finished or not. Raises UserError where `folder` is no run at all.
+    """Reads everything that can be shown of a run, finished or not. Raises UserError where `folder` is no run at all.
 
     views: of its model, where they have been made already; neither the model nor the images are read then.
     """

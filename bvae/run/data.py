@@ -40,7 +40,7 @@ def data_arguments(config: Config, source: str | None = None) -> dict[str, Any]:
 def load_data(config: Config, source: str | None = None, quiet: bool = False) -> Dataset:
     """The images of `config.data`, or of `source` read by the same settings. Raises UserError.
 
-    A .npy file or prepared store that is to be read while training stays mapped. Decoding shows its progress on stderr
-    unless it is to be `quiet`.
+    A .npy file or prepared store that training reads from disk stays mapped. Decoding shows its progress on stderr
+    unless `quiet` is true.
     """
     return load(**data_arguments(config, source), quiet=quiet)

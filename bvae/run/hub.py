@@ -51,7 +51,7 @@ def download(repo_id: str, files: Sequence[str], revision: str | None = None) ->
     with _library(repo_id) as library:
         first, *others = files
         folder = Path(library.hf_hub_download(repo_id, first, revision=revision)).parent
-        for name in others:  # of the same commit, even where somebody uploads another in between
+        for name in others:  # all files come from the same commit, even if somebody uploads another one in between
             library.hf_hub_download(repo_id, name, revision=folder.name)
         return folder
 

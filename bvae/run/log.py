@@ -228,7 +228,7 @@ class RunLog:
         tracker = self._tracker
         try:
             call(tracker)
-        except Exception as error:  # of a library or a network that is not ours: training matters more
+        except Exception as error:  # raised by a foreign library or network: training matters more
             self._tracker = None
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             self.note(f"warning: {tracker.name} has failed, and the run goes on without it: {reason}")

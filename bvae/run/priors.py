@@ -52,7 +52,7 @@ def fit_prior(
 
 
 def copied_by(prior: Prior, posterior: Posterior, seed: int) -> Copying | None:
-    """Whether samples of a prior fitted with `seed` copy means of the codes it was fitted to, over active latents.
+    """Checks if samples of a prior fitted with `seed` copy means of the codes it was fitted to, over active latents.
 
     None where no latent is active, so that codes carry nothing that could be copied.
     """

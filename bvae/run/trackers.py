@@ -1,6 +1,6 @@
 """Trackers that a run can be logged to beside TensorBoard: Weights & Biases and MLflow, behind one interface.
 
-Both are optional (`pip install 'bvae[wandb]'`, `'bvae[mlflow]'`) and take their own environment variables. What they
+Both are optional (`pip install 'bvae[wandb]'`, `'bvae[mlflow]'`) and take their own environment variables. Data they
 need to go on with the same run after a resume is kept in the run's folder, in ``logger.json``.
 """
 
@@ -28,11 +28,11 @@ Status = Literal["finished", "stopped", "failed"]
 
 
 class Tracker(Protocol):
-    """What a run is logged to. Any method may raise anything: `bvae.run.log.RunLog` then goes on without it."""
+    """The place a run is logged to. Any method may raise anything: `bvae.run.log.RunLog` then goes on without it."""
 
     name: str
     where: str
-    """for people: where to look at it"""
+    """for people: the place to look at it"""
 
     def values(self, values: Mapping[str, Any], step: int) -> None:
         """Numbers and lists of numbers of an epoch, named as in TensorBoard; anything else is passed over."""
@@ -169,7 +169,7 @@ class MlflowTracker:
         self._client.log_batch(self.identity, params=params)
 
     def _goes_on(self, identity: str) -> bool:
-        """Whether the run that is known is still there; somebody may have removed it, or another server be asked."""
+        """True if the known run is still there: somebody may have removed it, or the server may be another one."""
         try:
             self._client.update_run(identity, status="RUNNING")
         except Exception:

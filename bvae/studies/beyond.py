@@ -5,7 +5,7 @@ from bvae.studies.published import DATA_SETS, dai_wipf, rae
 
 FIXED = {"balance": "fixed"}
 BETAS = ("0.1", "0.03", "0.01", "0.003", "0.001")
-"""of the sweep: from above to below every gamma2 that the presets end with"""
+"""betas of the sweep: from above to below every gamma2 that the presets end with"""
 
 _PRESETS = {"mnist": "mnist", "fashion": "fashion", "cifar10": "cifar10-infogan", "celeba": "celeba-infogan"}
 
@@ -39,7 +39,7 @@ DAI_WIPF = Study(
 )
 
 _FIXED_GAMMA2 = {"mnist": 0.156, "cifar10": 0.036, "celeba": 0.135}
-"""to which the baselines of Ghosh et al. amount: C * kw / 2 from their code's weights"""
+"""gamma2 that the baselines of Ghosh et al. amount to: C * kw / 2 from their code's weights"""
 
 
 def _table_of_rae(data: str) -> tuple[Row, ...]:

@@ -62,7 +62,7 @@ class Scope:
         return [name for name in of_seed(row.fids, seed) if self._has(row, name)]
 
     def _has(self, row: Row, name: str) -> bool:
-        """Whether the row's run has what this FID, or the quality of this prior, is measured on."""
+        """True if the row's run has the stages on which this FID, or the quality of this prior, is measured."""
         return bool(self.plan.owner(row).config.get("epochs2")) or not name.startswith(("gen2", "second-stage"))
 
     def wanted(self, row: Row, seed: int) -> list[str]:
@@ -80,7 +80,7 @@ class Scope:
     # ---- the next step ----------------------------------------------------------------------------------------
 
     def next_step(self, cell: Cell, found: Mapping[str, float], skip: Collection[str] = ()) -> Step | None:
-        """What is to be run next; None where nothing is left.
+        """The next step to run; None where nothing is left.
 
         found: values of the settings that other rows' runs find, by setting. skip: steps that have failed.
         """

@@ -15,8 +15,8 @@ from bvae.errors import UserError
 from bvae.files import writing
 
 PATIENCE_SECONDS = 3.0
-"""for which a lock is waited for: the children of a study that was just killed take a moment to end"""
-PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
+"""longest wait for a lock: the children of a study that was just killed take a moment to end"""
+PR_SET_PDEATHSIG = 1  # value in Linux's prctl.h
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -41,7 +41,7 @@ class Lock:
 
     @property
     def files(self) -> tuple[int, int]:
-        """To be inherited by children."""
+        """The lock files that children inherit."""
         return self._whole, self._part
 
     def close(self) -> None:
@@ -154,7 +154,7 @@ class Child:
             os.killpg(self._process.pid, number)
 
     def wait(self, seconds: float) -> bool:
-        """Whether it ends within that time."""
+        """True if it ends within that time."""
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:

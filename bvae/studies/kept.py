@@ -1,4 +1,4 @@
-"""What a study keeps of a run for its figures, so that the run's folder may go: curves, samples."""
+"""Parts of a run that a study keeps for its figures, so that the run's folder may go: curves, samples."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from bvae.studies.cells import KEPT, read_first_epoch, read_json, records_of, sa
 from bvae.studies.plan import Cell
 
 MOST_POINTS = 200
-"""of a curve; more cannot be told apart"""
+"""most points of a curve; more cannot be told apart"""
 CURVES = ("mse", "kl", "gamma2", "balance", "test_mse", "test_kl", "inactive", "fid_rec", "fid_gen1", "fid_gen2")
 
 Curve = Mapping[str, list[float]]

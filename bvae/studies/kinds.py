@@ -10,9 +10,9 @@ from bvae.studies.statistics import MIN_FID_DIFFERENCE
 ABSENT = "\u2013"
 """stands where there is no figure"""
 SETTLED = (0.45, 0.55)
-"""Where sse/(2 gamma2 D) of the last epoch must be under the rules that make it 1/2."""
+"""Range for sse/(2 gamma2 D) of the last epoch, under the rules that make it 1/2."""
 SETTLING = ("computed", "learned", "optimal")
-"""Balances under which gamma2 is to be the mse."""
+"""Balances under which gamma2 should equal the mse."""
 FIDS = ("rec", "gen1", "gen2")
 
 
@@ -42,7 +42,7 @@ class Row:
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """of bvae.train, over the study's own"""
+    """settings of bvae.train; they override the study's own"""
     data: str = ""
     """the data set by name, where a study has several"""
     run: str = ""
@@ -85,16 +85,16 @@ class Study:
     name: str
     title: str
     about: str
-    """what it asks, and what to know when reading it"""
+    """the question it asks, and notes for its readers"""
     rows: tuple[Row, ...]
     columns: tuple[str, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """of bvae.train, in all rows"""
+    """settings of bvae.train, in all rows"""
     judged: tuple[str, ...] = FIDS
     """metrics by which a row is compared with its `against`"""
     seeds: int = 5
     precision: str = "fp32"
-    """of the FID network, where the command names none"""
+    """precision of the FID network, where the command names none"""
     picture: str = ""
     """the kind of figure, see bvae.studies.pictures"""
 

@@ -34,7 +34,7 @@ PANELS = {
     "fid_gen2": ("FID of GEN-2", "FID", False),
 }
 STAGES = {1: "Stage 1: images", 2: "Stage 2: latent vectors"}
-COLORS = 8  # of the page
+COLORS = 8  # number of colors that the page has
 SAMPLES_WIDTH = 8 * 68
 """pixels of a picture of samples, at most"""
 

@@ -21,7 +21,7 @@ from bvae.studies.cells import Scope, read_json
 from bvae.studies.kept import band, curves, kept_file
 from bvae.studies.plan import Cell
 
-FACES = 8  # of Fig. 7
+FACES = 8  # faces in Fig. 7
 COLORS = (figures.BLUE, figures.ORANGE, figures.GREEN)
 
 

@@ -1,6 +1,6 @@
 """From a study and a command line to cells: what each row trains, and by which arguments of bvae.train.
 
-Whether a row can have a setting is asked of bvae.train's own parser. A row that this version cannot train at all stays
+The parser of bvae.train itself decides if a row can have a setting. A row that this version cannot train at all stays
 in the plan with the reason.
 """
 
@@ -18,7 +18,7 @@ from bvae.studies.kinds import FromRow, Row, Study
 SCALED = ("epochs", "epochs2", "lr_halve", "lr_halve2", "fid_every", "eval_every")
 RESERVED = ("out", "resume", "seed", "data", "device", "dry_run", "max_steps", "inception", "allow_few", "logger")
 STAND_IN = 0.01
-"""for a setting that another row's run has yet to find, where only its name is checked"""
+"""value for a setting that another row's run has yet to find, where only the setting's name is checked"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Options:
 class PlannedRow:
     row: Row
     settings: dict[str, Any]
-    """what bvae.train is given, a FromRow where the value is another run's"""
+    """settings given to bvae.train; a FromRow where another run provides the value"""
     config: Mapping[str, Any]
     """all settings after that; empty where they are refused"""
     problem: str = ""
@@ -71,7 +71,7 @@ class Cell:
     row: str
     seed: int
     name: str
-    """of the run's folder"""
+    """name of the run's folder"""
 
 
 @dataclass

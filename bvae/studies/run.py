@@ -17,7 +17,7 @@ from bvae.studies.store import Store
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 60.0
-"""for a training to save its state when the study is asked to end"""
+"""time for a training to save its state when the study is asked to end"""
 LOGS = "logs"
 
 
@@ -111,7 +111,7 @@ class Runner:
             self._advance(running)
 
     def _awaited(self, cell: Cell) -> bool:
-        """Whether a cell whose findings this one needs is still to end."""
+        """True while a cell whose findings this one needs has not ended."""
         needed = {source.row for source in self.scope.row(cell).needs}
         others = [*self._pending, *(running.cell for running in self._running)]
         return any(other.row in needed and other.seed == cell.seed for other in others)

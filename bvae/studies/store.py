@@ -18,7 +18,7 @@ OF_STAGE2 = ("gen2", "gen2_rescaled", "gen_second-stage")
 
 
 class Store:
-    """What is known of a study, in memory and in its folder.
+    """All that is known of a study, in memory and in its folder.
 
     Raises UserError where the folder holds another study, or rows of other settings.
     """
@@ -47,7 +47,7 @@ class Store:
         return found[seed] if seed < len(found) else None
 
     def done(self, cell: Cell) -> bool:
-        """Whether every figure that is wanted of the cell is known, whatever has become of its run's folder."""
+        """True if every figure wanted of the cell is known, even if its run's folder has changed or gone."""
         readers = self.scope.plan.readers(cell)
         wanted = [(row.name, metric) for row in readers for metric in self.scope.wanted(row, cell.seed)]
         return bool(wanted) and all(self.value(row, metric, cell.seed) is not None for row, metric in wanted)
@@ -167,7 +167,7 @@ class Store:
         return found
 
     def _merge(self, there: Mapping[str, Any]) -> None:
-        """Adds the figures of a study.json that are not known here. What is known here goes before."""
+        """Adds the figures of a study.json that are not known here. Figures known here take precedence."""
         mine = {
             (row.name, cell.seed) for cell in self.scope.plan.cells_of_part() for row in self.scope.plan.readers(cell)
         }
@@ -178,7 +178,7 @@ class Store:
                 own += [None] * (len(found["values"]) - len(own))
                 for seed, value in enumerate(found["values"]):
                     own[seed] = value if own[seed] is None else own[seed]
-            # Of cells that are others' to run, what they have last written holds.
+            # For cells that others run, the state that they wrote last is valid.
             theirs = {int(s): reason for s, reason in row.get("failed", {}).items() if (name, int(s)) not in mine}
             self.failed[name] = {s: r for s, r in self.failed[name].items() if (name, s) in mine} | theirs
             if row.get("data"):

@@ -38,7 +38,7 @@ def epochs_of(row: Mapping[str, Any]) -> str:
 
 
 def remarks(row: Mapping[str, Any]) -> list[str]:
-    """What is to be known of a row beside its figures."""
+    """Remarks that a reader of a row needs beside its figures."""
     said = [row["problem"]] if row["problem"] else []
     unsettled = [
         f"stage {stage[-1]}, seed {', '.join(map(str, seeds))}" for stage, seeds in row["unsettled"].items() if seeds

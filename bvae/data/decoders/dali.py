@@ -25,14 +25,14 @@ from bvae.errors import UserError
 
 EXTRA = "pip install 'bvae[dali]'"
 DEVICE = 0
-# What is held at a time, twice: one batch is decoded while the one before it is resized.
+# Limits of a batch. Two batches are held at a time: one is decoded while the one before it is resized.
 BATCH_BYTES = 2**25  # encoded
 BATCH_PIXELS = 2**24  # decoded by DALI: 48 MiB if nothing is cropped
 LARGE = 2**22  # pixels of an image that Pillow decodes
 
 
 def dali_installed() -> bool:
-    """Whether DALI is there, by the look of it: importing it takes a while."""
+    """True if DALI seems to be installed. Only importing it would make sure, and that takes a while."""
     try:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:  # no package `nvidia` at all
@@ -100,11 +100,11 @@ class DaliDecoder(Decoder):
             self._pipeline.feed_input("shape", batch.shapes)
             self._pipeline.schedule_run()
             batch.scheduled = True
-        except Exception:  # of whatever kind DALI raises
+        except Exception:  # DALI raises errors of any kind
             self._pipeline = None
 
     def _crops(self, batch: "_Batch | None") -> Sequence[np.ndarray] | None:
-        """What DALI made of a batch's plain images: uint8 [h, w, 3] each, or None if it failed."""
+        """DALI's results for a batch's plain images: uint8 [h, w, 3] each, or None if it failed."""
         if batch is None or not batch.scheduled or self._pipeline is None:
             return None
         try:
@@ -160,7 +160,7 @@ class DaliDecoder(Decoder):
             prefetch_queue_depth=1,
         )
         decode = self._fn.decoders.image_slice
-        # What makes the GPU's decoder fill in chroma as libjpeg does; older ones have no such argument.
+        # The argument that makes the GPU's decoder fill in chroma as libjpeg does; older decoders do not have it.
         fancy = "jpeg_fancy_upsampling"
         options = {fancy: True} if self.device == "mixed" and fancy in (decode.__doc__ or "") else {}
         with pipeline:
@@ -193,7 +193,7 @@ class _Batch:
     plain, others: (place, bytes) for DALI and for Pillow.
     starts, shapes: (top, left) and (height, width) of the crops of `plain`, int32 [2] each.
     size, pixels: of `plain` and `others`: their bytes; of `plain`: the images' pixels.
-    last: whether the chunk ends here.
+    last: true if the chunk ends here.
     """
 
     results: list[np.ndarray | Rejected | None]

@@ -1,4 +1,4 @@
-"""What every decoder offers."""
+"""The interface of every decoder."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +22,7 @@ class Decoder(ABC):
 
     @abstractmethod
     def run(self, chunks: Iterable[Sequence[Item]]) -> Iterator[Decoded]:
-        """What became of each chunk, in the order of the chunks, whatever the number of workers.
+        """The result of each chunk, in the order of the chunks, for any number of workers.
 
         A bounded number of chunks is drawn ahead of what has been taken. Chunks of 32 to 256 items work well.
 

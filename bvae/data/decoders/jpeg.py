@@ -19,12 +19,12 @@ SUBSAMPLING = ((1, 1), (2, 1), (2, 2))  # 4:4:4, 4:2:2, 4:2:0
 
 @dataclass(frozen=True)
 class Header:
-    """What a JPEG file says of itself before its first scan.
+    """Facts that a JPEG file states of itself before its first scan.
 
     width, height: in pixels.
     height_at: where the height's two bytes lie in the file.
-    sequential: whether it is Huffman coded and not progressive.
-    one_scan: whether the first scan has all components; a sequential file then has no other.
+    sequential: true if it is Huffman coded and not progressive.
+    one_scan: true if the first scan has all components; a sequential file then has no other.
     sampling: (horizontal, vertical) factors of each component.
     plain: 8-bit grey or YCbCr in 4:4:4, 4:2:2 or 4:2:0, with no metadata that could turn it, to its end: a file that
         every decoder reads in the same way.

@@ -1,4 +1,4 @@
-"""What decodes and resizes here besides NumPy: which Pillow it is, and whether bvae's own code was built."""
+"""Libraries that decode and resize here besides NumPy: which Pillow it is, and whether bvae's own code was built."""
 
 import importlib
 from typing import Any
@@ -21,7 +21,7 @@ native: Any = _load()
 
 
 def jpeg_version() -> str | None:
-    """Of the libjpeg-turbo that bvae's own code decodes plain JPEGs with; None where Pillow does it."""
+    """Version of the libjpeg-turbo with which bvae's own code decodes plain JPEGs; None where Pillow does it."""
     return None if native is None else native.JPEG
 
 

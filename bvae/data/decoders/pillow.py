@@ -45,7 +45,7 @@ FORMATS = _formats(
         **{"AVIF": "Avif", "JPEG2000": "Jpeg2K", "QOI": "Qoi", "DIB": "Bmp", "SGI": "Sgi", "PCX": "Pcx", "TGA": "Tga"},
     }
 )
-MAX_PIXELS = 2**26  # of one file, 8192 x 8192: a small file can claim to be far larger and fill the memory
+MAX_PIXELS = 2**26  # most pixels of one file, 8192 x 8192: a small file can claim far more and fill the memory
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -54,7 +54,7 @@ TURNS = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # what makes an image upright, by its EXIF orientation
+}  # the turn that makes an image upright, by its EXIF orientation
 CHUNKS_PER_WORKER = 3  # drawn and not yet taken: one at work, one waiting, one done
 ANSWER_BYTES = 2**20  # on their way from a worker; the system's 208 KiB have the two wait for each other
 
@@ -74,7 +74,7 @@ def decode_image(data: bytes, recipe: Recipe) -> np.ndarray:
     """One encoded image -> uint8 [height, width, channels].
 
     In this order: the first frame; EXIF orientation; the crop; RGB or, for one channel, L (transparency is dropped);
-    the resize (`bvae.data.decoders.resize`). Of a plain JPEG the rows below the crop are not decoded, so damage there
+    the resize (`bvae.data.decoders.resize`). The rows of a plain JPEG below the crop are not decoded, so damage there
     goes unseen; none of the pixels change.
 
     Raises:
@@ -328,7 +328,7 @@ def _check_depth(image: Image.Image, data: bytes) -> None:
     if image.format == "AVIF":
         start = data.find(b"av1C", 0, 2**16)
         deep |= start < 0 or bool(data[start + 6] & 0x40)  # high_bitdepth
-    if image.format in ("PNG", "PPM", "TIFF"):  # what Pillow is about to read, before it makes 8 bits of it
+    if image.format in ("PNG", "PPM", "TIFF"):  # the mode that Pillow is about to read, before it makes 8 bits of it
         for tile in cast(ImageFile.ImageFile, image).tile:
             rawmode, *rest = (tile.args,) if isinstance(tile.args, str) else tile.args or ("",)
             deep |= ";16" in rawmode or (tile.codec_name.startswith("ppm") and bool(rest) and rest[0] > 255)

@@ -31,7 +31,7 @@ RESAMPLING = {
 SUPPORT: dict[Filter, int] = {"bilinear": 1, "bicubic": 2, "lanczos": 3}
 BAND = 512  # rows of a tall image that are resized at a time, not to hold it whole once more
 LONGEST = 2**16  # sides whose taps are worth their memory; no JPEG is longer
-FRACTION_BITS = 22  # of the weights, as Pillow's: 8 bits of pixel and 2 to spare for overshoot
+FRACTION_BITS = 22  # bits in the weights' fraction, as in Pillow: 8 bits of pixel and 2 to spare for overshoot
 
 
 def resize(image: Image.Image | np.ndarray, size: Size, filter: Filter, antialias: bool) -> np.ndarray:
@@ -83,7 +83,7 @@ def kernel(filter: Filter, x: np.ndarray) -> np.ndarray:
 
 
 def taps(length: int, size: int, filter: Filter, antialias: bool) -> tuple[np.ndarray, np.ndarray]:
-    """What each output pixel takes from where: (first, int32 [size]; weights, int32 [size, t]).
+    """Pixels and weights from which each output pixel is made: (first, int32 [size]; weights, int32 [size, t]).
 
     Pixel first[i] + k weighs weights[i, k], in units of 2**-FRACTION_BITS. Where an output pixel has fewer than t,
     those left over weigh nothing and may lie beyond the image.

@@ -14,7 +14,7 @@ from bvae.models.priors.base import CHUNK, Codes, FittedPrior, Progress
 from bvae.models.priors.training import seeded, train
 from bvae.seeds import derive
 
-DECAY = 0.999  # of the moving average of the weights
+DECAY = 0.999  # decay of the moving average of the weights
 
 
 @dataclass(frozen=True)

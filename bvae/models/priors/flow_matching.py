@@ -16,8 +16,8 @@ from bvae.models.priors.normal import standard_normal_log_prob
 from bvae.models.priors.training import autocast, seeded, train
 from bvae.seeds import derive
 
-FREQUENCIES = 16  # of the time features
-DECAY = 0.999  # of the moving average of the weights
+FREQUENCIES = 16  # number of frequencies in the time features
+DECAY = 0.999  # decay of the moving average of the weights
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class MixturePrior(FittedPrior):
             raise UserError("the prior gmm is fitted by scikit-learn, which is not installed: pip install 'bvae[gmm]'")
 
     def fewest(self) -> int:
-        # Of n images n - n // 10 are fitted on, and each component needs one.
+        # The fit uses n - n // 10 of n images, and each component needs one.
         return max(super().fewest(), math.ceil(self.settings.gmm_components * HELD_OUT / (HELD_OUT - 1)))
 
     def _fit(self, codes: Codes, seed: int, progress: Progress) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class SavedPrior:
     prior: Prior
     seed: int
     figures: dict[str, Any]
-    """of the fit: see FittedPrior.fit"""
+    """figures of the fit: see FittedPrior.fit"""
 
 
 def prior_path(run: Path, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""How the priors that are networks are trained."""
+"""Training of the priors that are networks."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ from bvae.models.priors.base import Progress
 Module = TypeVar("Module", bound=nn.Module)
 
 WARM_UP = 500  # steps in which the learning rate rises, at most a tenth of all
-MAX_NORM = 1.0  # of the gradient
+MAX_NORM = 1.0  # largest norm of the gradient
 
 
 def train(
