@@ -109,7 +109,8 @@ def build(folder: Path) -> Path:
     commands = kernel_commands(sorted(CSRC.glob("*.cu")), folder)
     headers = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
     flags = [*FLAGS, "-O1", "-DBVAE_WITH_CUDA", "-DBVAE_EMULATE_CUDA", *(f"-isystem{path}" for path in headers)]
-    commands += [[*flags, "-c", str(path)] for path in CSRC.glob("*.cpp") if not path.name.startswith("host")]
+    others = ("host", "image")  # bvae._host and bvae._image
+    commands += [[*flags, "-c", str(path)] for path in CSRC.glob("*.cpp") if not path.name.startswith(others)]
     target = folder / "_C_emulated.so"
     link = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
     objects = compile_all(commands, folder)

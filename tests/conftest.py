@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 # For the tests that turn on deterministic algorithms: cuBLAS reads it once, before its first product.
@@ -15,6 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,7 +24,20 @@ NO_GPU = "no CUDA device on this machine"
 # A process takes whole files (their tests share runs), in this order: the longest come first, so that all end together.
 LONGEST = (
     "test_cuda_emulation.py",
+    "test_train.py",
     "test_step_compile.py",
+    "test_two_stage.py",
+    "test_study_real.py",
+    "test_study_run.py",
+    "test_graph.py",
+    "test_train_ranks.py",
+    "test_fid_first.py",
+    "test_main.py",
+    "test_export.py",
+    "test_packaging.py",
+    "test_report_browser.py",
+    "test_balances.py",
+    "test_balance.py",
 )
 
 
@@ -44,6 +59,31 @@ def two_threads_for_the_ops(request):
         torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_figures(request):
+    """Of a file's figures matplotlib draws the first ones, those of one run; the others are built and left blank.
+
+    Drawing them takes twice as long as a tiny run's training. tests/report and tests/studies draw every one.
+    """
+    figures = sys.modules.get("bvae.report.figures")
+    if figures is None or Path(request.fspath).parent.name in ("report", "studies"):
+        yield
+        return
+    save, left = figures._save, 3
+
+    def save_few(figure, path):
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            save(figure, path)
+        else:
+            figures.save_png(path, np.full((1, 1, 3), 255, np.uint8))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "_save", save_few)
+        yield
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
