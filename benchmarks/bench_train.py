@@ -54,7 +54,7 @@ from bvae.engine.graph import run_steps
 from bvae.engine.step import Step
 from bvae.machine import describe_device, has_bf16, pick_device, prepare_process, training_kernels, versions
 from bvae.models.conv import Conv3x3, ConvTranspose3x3
-from bvae.models.half import Linear, LinearReLU
+from bvae.models.half import Head, Linear, LinearReLU
 from bvae.models.norm import BatchNormReLU
 from bvae.models.vae import VAE, first_stage, penalised_modules, second_stage
 from bvae.stages.objective import Noise, VAEObjective
@@ -357,7 +357,7 @@ def with_plain_layers(module: Any) -> Any:
                 dense.load_state_dict(child.state_dict())
                 setattr(module, name, nn.Sequential(dense, nn.ReLU()))
                 continue
-            case Linear():
+            case Linear() | Head():
                 plain = nn.Linear(child.in_features, child.out_features)
             case BatchNormReLU():
                 norm = nn.BatchNorm2d(len(child.weight), child.eps, child.momentum)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bvae import ops
-from bvae.engine import compiling, trainer
+from bvae import api, ops
+from bvae.engine import compiling
 
 ROOT = Path(__file__).parents[2]
 
@@ -145,7 +145,7 @@ TINY = [
 
 def test_bf16_ends_where_fp32_does(tmp_path, monkeypatch):
     """A short variant of benchmarks/check_precision.py: within 10 % of the reference, not within its range."""
-    for module in (precision, trainer):
+    for module in (precision, api):
         monkeypatch.setattr(module, "has_bf16", lambda device: True)
     path = tmp_path / "p.json"
     precision.main(["--seeds", "2", "--device", "cpu", "--json", str(path), "--", *TINY])
