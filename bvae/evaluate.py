@@ -22,7 +22,6 @@ from bvae.metrics.likelihood import active_units, importance_likelihood
 from bvae.metrics.protocols import DEFAULT, PROTOCOLS
 from bvae.metrics.scores import encode_images, score_images, score_latents
 from bvae.metrics.weights import HELP, find_weights, load_inception
-from bvae.models.posterior import Posterior
 from bvae.run.data import load_data
 from bvae.run.display import following
 from bvae.run.folder import Run, load
@@ -88,12 +87,12 @@ def main(argv: list[str] | None = None) -> None:
     figures["stage1"] = score_images(model.stage1, images, c.seed).figures
     if model.stage2 is not None:
         figures["stage2"] = score_latents(model.stage2, encode_images(model.stage1, images), c.seed).figures
-    mu, log_sigma = encode_images(model.stage1, images)
-    figures["active_units"] = active_units(mu)
+    posterior = encode_images(model.stage1, images)
+    figures["active_units"] = active_units(posterior.mu)
     if args.nll:
         likelihood = importance_likelihood(
             model.decode,
-            Posterior(mu, log_sigma),
+            posterior,
             (target for _, target in chunks(images)),
             _gamma2(args.run),
             samples=args.nll,

@@ -18,7 +18,7 @@ from bvae.run.checkpoint import LAST, prefixed, under
 from bvae.run.folder import Run
 from bvae.run.log import RunLog
 from bvae.run.trackers import Tracker, open_tracker
-from bvae.stages.base import Progress, Stage, moment_figures
+from bvae.stages.base import Plateau, Progress, Stage, moment_figures
 from bvae.two_stage import TwoStageVAE
 from bvae.world import World
 
@@ -117,6 +117,7 @@ class Trainer:
         self.steps, self.seconds = 0, 0.0
         self.compiled: bool | None = None
         self.best, self.best_weights, self.best_unsaved = math.inf, None, False
+        self.plateau = Plateau(stage.schedule.plateau)
 
     def _train(self) -> None:
         """The host looks at the device at log points, checkpoints and epoch ends only.
@@ -137,7 +138,7 @@ class Trainer:
             epoch, first = divmod(self.steps, per_epoch)
             stage.model.train()
             stage.objective.train()
-            self.step.set_lr(stage.schedule.lr_in(epoch))
+            self.step.set_lr(self._lr(epoch))
             with training_kernels(self.device, self.stages.amp):
                 runner = runner or self._runner()
                 stage.batches.begin(epoch, first)
@@ -199,7 +200,7 @@ class Trainer:
             "epoch": epoch,
             "step": self.steps,
             **means,
-            "lr": stage.schedule.lr_in(epoch - 1),
+            "lr": self._lr(epoch - 1),
             "skipped": int(bad),
             "images_per_s": self._progress().samples_per_second,
             "seconds": self.seconds,
@@ -213,7 +214,10 @@ class Trainer:
         if scores:
             scored = stage.score()
             record |= scored.record
-            if scored.bound < self.best:
+            better = scored.bound < self.best
+            if self.steps % stage.batches.steps == 0:  # an epoch that --max-steps cut short may go on
+                self.plateau.score(epoch, better)
+            if better:
                 self.best = scored.bound
                 if self.world.first:
                     self.best_weights = {name: t.clone() for name, t in self.model.state_dict().items()}
@@ -227,6 +231,9 @@ class Trainer:
     def finished_epochs(self) -> int:
         """Of the stage under way."""
         return self.steps // self.stage.batches.steps
+
+    def _lr(self, epoch: int) -> float:
+        return self.stage.schedule.lr_in(epoch) * self.plateau.factor
 
     def _falls_due(self, epoch: int, every: int) -> bool:
         return bool(every and epoch % every == 0) or self.steps == self.stage.schedule.steps
@@ -300,6 +307,7 @@ class Trainer:
             "config": self.config.to_dict(),
             "data_digest": self.stages.data.digest,
             "best": self.best if math.isfinite(self.best) else None,
+            "plateau": [self.plateau.halvings, self.plateau.since],
             "results": self.results,
             "versions": versions(),
         }
@@ -335,6 +343,7 @@ class Trainer:
         self._start(description["stage"])
         self.results = description["results"]
         self.best = math.inf if description["best"] is None else description["best"]
+        self.plateau.halvings, self.plateau.since = description.get("plateau", [0, 0])  # absent in runs of before
         self.steps, self.seconds = description["step"], description["seconds"]
         if self.steps and description.get("device") == self.device.type:  # a trial's choice goes on, with its bits
             self.compiled = description["compiled"]

@@ -63,10 +63,23 @@ def scale_block(channels: int, blocks: int) -> nn.Sequential:
 
 
 class ResNetEncoder(nn.Module):
-    """Images [B,C,H,W] in [0,1] -> (mu, log_sigma), each [B,k] float32, whatever the autocast."""
+    """Images [B,C,H,W] in [0,1] -> (mu, log_sigma), each [B,k] float32, whatever the autocast.
 
-    def __init__(self, channels: int, latents: int, scales: int, blocks: int, base: int, fc: int) -> None:
+    Where `deterministic`, mu alone.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        latents: int,
+        scales: int,
+        blocks: int,
+        base: int,
+        fc: int,
+        deterministic: bool = False,
+    ) -> None:
         super().__init__()
+        self.deterministic = deterministic
         width = base
         self.conv0 = Conv3x3(channels, width)
         self.scales = nn.ModuleList()
@@ -78,10 +91,10 @@ class ResNetEncoder(nn.Module):
                 width *= 2
         self.fc = DenseResidualBlock(width, fc)
         self.mu = nn.Linear(fc, latents)
-        self.log_sigma = nn.Linear(fc, latents)
+        self.log_sigma = None if deterministic else nn.Linear(fc, latents)
         glorot_(self)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         y = self.conv0(x)
         for i, scale in enumerate(self.scales):
             y = scale(y)
@@ -91,7 +104,8 @@ class ResNetEncoder(nn.Module):
         # The posterior stays in fp32: rounding log_sigma to bf16 moves the KL of a sharp latent by percents.
         with torch.autocast(h.device.type, enabled=False):
             h = h.float()
-            return self.mu(h), self.log_sigma(h)
+            mu = self.mu(h)
+            return mu if self.log_sigma is None else (mu, self.log_sigma(h))
 
 
 class ResNetDecoder(nn.Module):
@@ -118,10 +132,10 @@ class ResNetDecoder(nn.Module):
         return self.conv(y)
 
 
-def build(c: "Config") -> tuple[ResNetEncoder, ResNetDecoder]:
+def build(c: "Config", deterministic: bool = False) -> tuple[ResNetEncoder, ResNetDecoder]:
     """The ResNet over images [B,C,side,side]; the decoder gives logits."""
     return (
-        ResNetEncoder(c.channels, c.latents, c.scales, c.blocks, c.base, c.fc),
+        ResNetEncoder(c.channels, c.latents, c.scales, c.blocks, c.base, c.fc, deterministic),
         ResNetDecoder(c.channels, c.latents, c.height, c.blocks, c.base),
     )
 

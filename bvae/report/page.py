@@ -71,6 +71,7 @@ FIGURES: tuple[tuple[str, int, str, str], ...] = (
     ("KL, nats per image", 1, "kl", ".2f"),
     ("gamma", 1, "gamma", ".4f"),
     ("Variance law (should be 1)", 1, "variance_law", ".3f"),
+    ("Variance of a code, mean over latents", 1, "code_variance", ".3f"),
     ("Active latents", 1, "active", "d"),
     ("Inactive latents", 1, "inactive", "d"),
     ("Steps", 1, "steps", ",d"),
@@ -92,6 +93,19 @@ FID_PARTS = (
     ("gen2", "GEN-2"),
     ("gen2_rescaled", "GEN-2, rescaled"),
 )
+
+
+# Those without a KL end in "autoencoder".
+FAMILIES = {
+    "vae": "VAE",
+    "info-vae": "InfoVAE",
+    "vamp": "VampPrior VAE",
+    "ae": "autoencoder",
+    "rae-l2": "L2-regularised autoencoder",
+    "rae-gp": "gradient-penalised autoencoder",
+    "rae-sn": "spectrally normalised autoencoder",
+    "wae-mmd": "Wasserstein autoencoder",
+}
 
 
 def number(value: Any, form: str) -> str:
@@ -256,9 +270,11 @@ def sentence(run: RunContent) -> str:
     """What was trained on what, for the head of the page."""
     config, data = run.info["config"], run.info.get("data", {})
     balance = {"computed": "computed gamma", "learned": "learned gamma", "fixed": "a fixed gamma"}
-    parts = [f"A two-stage VAE with {balance.get(config.get('balance'), 'some gamma')}"]
-    if not config.get("epochs2"):
-        parts = [parts[0].replace("two-stage", "one-stage")]
+    gamma = balance.get(config.get("balance"), "some gamma")
+    family = FAMILIES.get(config.get("family", "vae"), str(config.get("family")))
+    if not family.endswith("autoencoder"):
+        family += f" with {gamma}"
+    parts = [f"A two-stage {family}" if config.get("epochs2") else f"A one-stage {family}"]
     parts.append(f", preset {config.get('preset')}, {config.get('latents')} latents")
     side, channels = config.get("side"), config.get("channels")
     if data.get("name"):
@@ -363,7 +379,9 @@ def factor_rows(factors: Mapping[str, Any]) -> list[Row]:
     """|correlation| of the active latents with the true factors, most information first."""
     if not factors:
         return []
-    kl, correlation = factors["latent_kl"], factors["correlation"]
+    kl, correlation = factors.get("latent_kl"), factors["correlation"]
+    if kl is None:  # a deterministic code
+        return [Row(f"z{j}", [number(c, ".2f") for c in correlation[j]]) for j in factors["active_latents"]]
     order = sorted(factors["active_latents"], key=lambda j: -(kl[j] or 0))
     return [Row(f"z{j} ({number(kl[j], '.2f')} nats)", [number(c, ".2f") for c in correlation[j]]) for j in order]
 

@@ -7,22 +7,24 @@ import torch
 from torch import Tensor, nn
 
 from bvae import ops
+from bvae.balance import GaussianVAELoss
 from bvae.batches.mapped import Images, is_mapped, resident
 from bvae.batches.resident import Batches, LatentBatches
 from bvae.batches.streamed import image_batches, place
 from bvae.config import Config
-from bvae.config.registry import balances, networks
+from bvae.config.registry import balances, families, networks
 from bvae.data import Dataset
 from bvae.errors import UserError
 from bvae.metrics.fid_scores import fid_scorer
-from bvae.metrics.scores import Posterior, encode_images
+from bvae.metrics.scores import encode_images
 from bvae.models.norm import batch_norms
+from bvae.models.posterior import Posterior
 from bvae.models.vae import latents_of, penalised_modules
 from bvae.seeds import derive
 from bvae.stages.base import Schedule, Stage
 from bvae.stages.images import ImageStage
 from bvae.stages.latents import LatentStage
-from bvae.stages.objective import Noise, VAEObjective
+from bvae.stages.objective import Ingredients, Noise, VAEObjective
 from bvae.two_stage import TwoStageVAE
 from bvae.world import World, gather
 
@@ -88,9 +90,12 @@ class Stages:
         c, model = self.config, self.model.stage1
         seed, dtype = derive(c.seed, "batches", 1), torch.bfloat16 if self.amp else torch.float32
         batches = image_batches(self.train_images, c.batch, seed, dtype, c.hflip, self.part)
-        objective = self._objective(c.resolved_kl_weight(), True, c.l2, penalised_modules(model, c.l2_on))
+        penalised = penalised_modules(model, c.l2_on)
+        given = Ingredients(c, model, self._image_loss, self.amp, penalised, self.world)
+        objective = families[c.family].build(given)
+        schedule = self._schedule(c.epochs, c.lr, c.lr_halve, batches, c.plateau)
         return ImageStage(
-            c, self.model, objective, batches, self._schedule(c.epochs, c.lr, c.lr_halve, batches), self._noise(1),
+            c, self.model, objective, batches, schedule, self._noise(1),
             self.data, self.test_images, self.val_images, self.amp, self.scorer, self.world,
         )  # fmt: skip
 
@@ -101,7 +106,7 @@ class Stages:
         val = None if self.val_images is None else self._encode(self.val_images)
         batches = LatentBatches(*posterior, c.batch, derive(c.seed, "batches", 2), self.part)
         return LatentStage(
-            c, self.model, self._objective(1.0, False), batches,
+            c, self.model, VAEObjective(self._loss(1.0, False), self.amp), batches,
             self._schedule(c.epochs2, c.lr2, c.lr_halve2, batches), self._noise(2),
             posterior, test, val, self.scorer, self.world,
         )  # fmt: skip
@@ -109,21 +114,22 @@ class Stages:
     def _encode(self, images: Images) -> Posterior:
         return encode_images(self.model.stage1, images, self.world)
 
-    def _objective(
-        self, kl_weight: float, logits: bool, l2: float = 0.0, penalised: list[nn.Module] | None = None
-    ) -> VAEObjective:
+    def _image_loss(self) -> GaussianVAELoss:
+        return self._loss(self.config.resolved_kl_weight(), True)
+
+    def _loss(self, kl_weight: float, logits: bool) -> GaussianVAELoss:
         # With several ranks the step moves the balance, from all ranks' parts.
         build = balances[self.config.balance].build
         loss = build(self.config, kl_weight=kl_weight, logits=logits, accumulate=self.world.size > 1)
-        return VAEObjective(loss.to(self.device), self.amp, l2, penalised or [])
+        return loss.to(self.device)
 
     def _noise(self, number: int) -> Noise:
         rng: Tensor = ops.make_rng(derive(self.config.seed, "noise", number), self.device)
         return Noise(rng, self.part.start)
 
-    def _schedule(self, epochs: int, lr: float, lr_halve: int, batches: Batches) -> Schedule:
+    def _schedule(self, epochs: int, lr: float, lr_halve: int, batches: Batches, plateau: int = 0) -> Schedule:
         steps = epochs * batches.steps
-        return Schedule(epochs, lr, lr_halve, min(steps, self.config.max_steps or steps))
+        return Schedule(epochs, lr, lr_halve, min(steps, self.config.max_steps or steps), plateau)
 
 
 def synchronise(model: TwoStageVAE, device: torch.device) -> None:
