@@ -8,6 +8,8 @@ from torch import nn
 
 from bvae import ops
 from bvae.balance import FixedGammaLoss, LearnedGammaLoss
+from bvae.engine.step import Step
+from bvae.models.mlp import mlp
 from bvae.models.norm import BatchNorm2d
 from bvae.models.vae import VAE
 from bvae.models.vamp import VampPrior
@@ -124,6 +126,21 @@ def test_rae_l2():
     z = model.encoder(images()[0].double())
     assert figures["latent_norm2"] == pytest.approx(z.square().sum(1).mean().item(), rel=1e-5)
     assert kernels_of(model.decoder, "transposed") == [model.decoder.last]
+
+
+def test_under_bf16_the_decoders_kernels_keep_the_penaltys_gradient():
+    """A step takes the gradient of a bf16 copy of a weight, which the penalty does not see."""
+    torch.manual_seed(0)
+    model = VAE(*mlp(2, 4, 4, K, deterministic=True), deterministic=True)
+    before = [m.weight.detach().clone() for m in kernels_of(model.decoder, "all")]
+    objective = RAEObjective(0.0, 1e6, kernels_of(model.decoder, "all"), amp=True)
+    step = Step(model, objective, noise(), 0, True)
+    assert step.copies.of
+    step.set_lr(1e-4)
+    x, target = images()
+    step(x.bfloat16(), target)
+    for old, m in zip(before, kernels_of(model.decoder, "all"), strict=True):
+        assert (m.weight.square() < old.square())[old.abs() > 1e-3].all()
 
 
 def jacobians(model, z):

@@ -29,7 +29,9 @@ class AEObjective:
     def __init__(self, amp: bool = False, l2: float = 0.0, penalised: Sequence[nn.Module] = ()) -> None:
         self.amp = amp
         self.l2 = l2
-        self.penalised = tuple(penalised)
+        self.l2_on = tuple(penalised)
+        self.penalised = self.l2_on
+        """modules whose `weight` any term is on: beside the network's gradient it gets one in float32"""
 
     def __call__(
         self, model: nn.Module, x: Tensor, target: Tensor, noise: Noise
@@ -40,8 +42,8 @@ class AEObjective:
             z, recon = self.decode(model, z)
         sse = squared_error(recon, target)
         total, figures = self.regularised(sse / len(x), model, z, recon, noise)
-        if self.penalised:
-            total = total + self.l2 * kernel_norm2(self.penalised)
+        if self.l2_on:
+            total = total + self.l2 * kernel_norm2(self.l2_on)
         mse = sse.detach() / recon.numel()
         return total, torch.stack([t.detach().float() for t in (total, mse, *figures)]), None
 

@@ -66,6 +66,7 @@ class RAEObjective(AEObjective):
         self.latent_l2 = latent_l2
         self.decoder_l2 = decoder_l2
         self.kernels = tuple(kernels)
+        self.penalised = (*self.l2_on, *self.kernels)
 
     def regularised(
         self, total: Tensor, model: VAE, z: Tensor, recon: Tensor, noise: Noise
