@@ -22,6 +22,7 @@ from bvae.metrics.likelihood import active_units, importance_likelihood
 from bvae.metrics.protocols import DEFAULT, PROTOCOLS
 from bvae.metrics.scores import encode_images, score_images, score_latents
 from bvae.metrics.weights import HELP, find_weights, load_inception
+from bvae.models.priors.normal import standard_normal_log_prob
 from bvae.run.data import load_data
 from bvae.run.display import following
 from bvae.run.folder import Run, load
@@ -68,6 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in priors:
         check_name(name)
         sample_latents(args.run, model, name, 1, 0)  # is there one, of these weights?
+    if args.nll and model.stage1.deterministic:
+        raise UserError(f"--nll: the codes of --family {c.family} are deterministic: the likelihood cannot be bounded")
     # Before anything takes time: whether there are weights, and that they are the right ones.
     weights = None if args.no_fid else find_weights(args.inception)
     if weights is None and not args.no_fid:
@@ -90,6 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     posterior = encode_images(model.stage1, images)
     figures["active_units"] = active_units(posterior.mu)
     if args.nll:
+        prior = model.stage1.prior
         likelihood = importance_likelihood(
             model.decode,
             posterior,
@@ -97,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
             _gamma2(args.run),
             samples=args.nll,
             seed=c.seed,
+            log_prior=standard_normal_log_prob if prior is None else prior.density(model.stage1.encoder),
         )
         figures["likelihood"] = likelihood.figures()
     if extractor is not None:

@@ -1,7 +1,7 @@
 """The VampPrior (Tomczak & Welling 2018): a mixture of the posteriors of pseudo-inputs that are trained."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -61,15 +61,24 @@ class VampPrior(nn.Module):
         terms = -0.5 * scaled.square().sum(2) - log_sigma.sum(1) - z.shape[1] * HALF_LOG_2PI
         return torch.logsumexp(terms, 1) - math.log(len(mu))
 
+    @torch.no_grad()
+    def density(self, encoder: nn.Module) -> Callable[[Tensor], Tensor]:
+        """log p(z) in nats as a function of z alone, [n,k] -> [n] float64, under the weights as they are."""
+        components = self.components(encoder)
+
+        def log_prob(z: Tensor) -> Tensor:
+            return torch.cat([self.log_prob(part, components) for part in z.split(CHUNK)]).double()
+
+        return log_prob
+
     def divergence(self, encoder: nn.Module, z: Tensor, mu: Tensor, log_sigma: Tensor) -> Tensor:
         """log q(z|x) - log p(z) of one z = mu + sigma eps an image, [B]: unbiased for the KL; may be negative."""
         # In units of sigma, z is the noise, whatever mu and sigma.
         eps = ((z - mu) * torch.exp(-log_sigma)).detach()
         log_q = -(0.5 * eps.square() + log_sigma + HALF_LOG_2PI).sum(1)
-        components = self.components(encoder)
         if torch.is_grad_enabled():
-            return log_q - self.log_prob(z, components)
-        return log_q - torch.cat([self.log_prob(part, components) for part in z.split(CHUNK)])
+            return log_q - self.log_prob(z, self.components(encoder))
+        return log_q - self.density(encoder)(z)
 
     @torch.no_grad()
     def sample(self, encoder: nn.Module, n: int, rng: Tensor) -> Tensor:

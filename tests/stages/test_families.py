@@ -15,6 +15,7 @@ from bvae.config.registry import Part, families, networks
 from bvae.data import Dataset
 from bvae.engine.trainer import Trainer
 from bvae.errors import Interrupted, UserError
+from bvae.evaluate import main as evaluate
 from bvae.models.layers import Heads, SpectralDense
 from bvae.models.vae import first_stage
 from bvae.run.folder import Run
@@ -114,6 +115,12 @@ def test_it_samples_and_is_reported(family, tmp_path):
     assert ("KL, nats per image" in text) == (family == "vamp")
     assert ("L2-regularised autoencoder" in text) == (family == "rae-l2")
     assert "factors" in run.results and ("latent_kl" in run.results["factors"]) == (family == "vamp")
+    if family == "rae-l2":
+        with pytest.raises(UserError, match="--nll: the codes of --family rae-l2 are deterministic"):
+            evaluate([str(run.folder), "--nll", "2", "--no-fid"])
+    else:
+        evaluate([str(run.folder), "--nll", "2", "--no-fid", "--num", "5", "--json", str(tmp_path / "figures.json")])
+        assert json.loads((tmp_path / "figures.json").read_text())["likelihood"]["samples"] == 2
     mu, log_sigma = run.model.encode(torch.zeros(2, 3, 16, 16))
     assert mu.shape == (2, 3) and (log_sigma is None) == (family == "rae-l2")
     reconstructed = run.model.reconstruct(torch.zeros(2, 3, 16, 16), sample=True)

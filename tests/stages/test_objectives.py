@@ -273,6 +273,15 @@ def test_vamp_against_torchs_distributions():
     assert moments.shape == (4, K)
 
 
+def test_vamps_density_is_the_mixtures():
+    model = vae(prior_of())
+    z = 3 * normal(300, K).float()
+    m, s = (t.double() for t in model.prior.components(model.encoder))
+    terms = torch.distributions.Normal(m, s.exp()).log_prob(z[:, None].double()).sum(2)
+    wanted = torch.logsumexp(terms, 1) - math.log(4)
+    torch.testing.assert_close(model.prior.density(model.encoder)(z), wanted.detach(), rtol=1e-5, atol=1e-4)
+
+
 def test_vamp_of_one_component_has_the_kl_of_two_gaussians_on_average():
     model = vae(prior_of(1))
     x = images(1)[0].expand(4000, *SHAPE)
