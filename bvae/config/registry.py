@@ -61,11 +61,13 @@ class Family(Part):
 
     deterministic: the encoder gives the code mu alone. There is no KL, no gamma and no balance then, and the second
         stage is trained on the codes.
+    title: what a model of the family is called in a report; its name where it is empty.
     prior: makes the prior p(z) that is trained with the networks, of a configuration: a bvae.models.vamp.VampPrior, or
         what has its interface. None where it is N(0, I).
     """
 
     deterministic: bool = False
+    title: str = ""
     prior: Callable[[Config], Any] | None = None
 
 

@@ -343,7 +343,7 @@ def configure(values: Mapping[str, Any], preset: str, given: set[str]) -> Config
     defaults = {f.name: f.default for f in dataclasses.fields(Config) if f.name not in ("options", "preset")}
     options: dict[str, Any] = {}
     for kind, registry in KINDS.items():
-        if values[kind] not in registry:  # a network of modules reads whatever it reads
+        if values[kind] not in registry and kind not in given:  # a network of modules reads whatever it reads
             continue
         chosen = registry[values[kind]]
         for part in registry.parts():

@@ -17,6 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from bvae.config.registry import families
 from bvae.files import encode_json
 from bvae.report import figures
 from bvae.report.charts import Chart, distance_chart, information_chart, latent_charts, stage_charts
@@ -93,19 +94,6 @@ FID_PARTS = (
     ("gen2", "GEN-2"),
     ("gen2_rescaled", "GEN-2, rescaled"),
 )
-
-
-# Those without a KL end in "autoencoder".
-FAMILIES = {
-    "vae": "VAE",
-    "info-vae": "InfoVAE",
-    "vamp": "VampPrior VAE",
-    "ae": "autoencoder",
-    "rae-l2": "L2-regularised autoencoder",
-    "rae-gp": "gradient-penalised autoencoder",
-    "rae-sn": "spectrally normalised autoencoder",
-    "wae-mmd": "Wasserstein autoencoder",
-}
 
 
 def number(value: Any, form: str) -> str:
@@ -271,10 +259,12 @@ def sentence(run: RunContent) -> str:
     config, data = run.info["config"], run.info.get("data", {})
     balance = {"computed": "computed gamma", "learned": "learned gamma", "fixed": "a fixed gamma"}
     gamma = balance.get(config.get("balance"), "some gamma")
-    family = FAMILIES.get(config.get("family", "vae"), str(config.get("family")))
-    if not family.endswith("autoencoder"):
-        family += f" with {gamma}"
-    parts = [f"A two-stage {family}" if config.get("epochs2") else f"A one-stage {family}"]
+    name = str(config.get("family", "vae"))
+    title = (families[name].title or name) if name in families else name
+    stages = "A two-stage" if config.get("epochs2") else "A one-stage"
+    parts = [
+        f"{stages} {title}" if name in families and families[name].deterministic else f"{stages} {title} with {gamma}"
+    ]
     parts.append(f", preset {config.get('preset')}, {config.get('latents')} latents")
     side, channels = config.get("side"), config.get("channels")
     if data.get("name"):

@@ -84,4 +84,4 @@ def build(given: Ingredients) -> AEObjective:
     return AEObjective(given.amp, given.config.l2, given.penalised)
 
 
-AE = Family("ae", build, deterministic=True)
+AE = Family("ae", build, deterministic=True, title="autoencoder")

@@ -127,5 +127,9 @@ def build_sn(given: Ingredients) -> RAEObjective:
     return RAEObjective(c.part(CodeSettings).latent_l2, amp=given.amp, l2=c.l2, penalised=given.penalised)
 
 
-RAE_L2 = Family("rae-l2", build_l2, check_l2, (CodeSettings, KernelSettings), deterministic=True)
-RAE_SN = Family("rae-sn", build_sn, check_sn, CodeSettings, deterministic=True)
+RAE_L2 = Family(
+    "rae-l2", build_l2, check_l2, (CodeSettings, KernelSettings), deterministic=True, title="L2-regularised autoencoder"
+)
+RAE_SN = Family(
+    "rae-sn", build_sn, check_sn, CodeSettings, deterministic=True, title="spectrally normalised autoencoder"
+)

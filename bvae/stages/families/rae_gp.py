@@ -92,4 +92,6 @@ def check(config: "Config") -> None:
     check_weight(config, GradientSettings, "gradient_penalty")
 
 
-RAE_GP = Family("rae-gp", build, check, (CodeSettings, GradientSettings), deterministic=True)
+RAE_GP = Family(
+    "rae-gp", build, check, (CodeSettings, GradientSettings), deterministic=True, title="gradient-penalised autoencoder"
+)

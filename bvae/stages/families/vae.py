@@ -11,4 +11,4 @@ def build(given: Ingredients) -> VAEObjective:
     return VAEObjective(given.balance(), given.amp, given.config.l2, given.penalised)
 
 
-VAE_FAMILY = Family("vae", build, uses=BALANCED)
+VAE_FAMILY = Family("vae", build, uses=BALANCED, title="VAE")

@@ -46,4 +46,4 @@ def check(config: "Config") -> None:
     need(2 <= count <= 65_536, f"--pseudo-inputs must be from 2 to 65536, not {count}")
 
 
-VAMP = Family("vamp", build, check, VampSettings, uses=BALANCED, prior=prior)
+VAMP = Family("vamp", build, check, VampSettings, uses=BALANCED, title="VampPrior VAE", prior=prior)

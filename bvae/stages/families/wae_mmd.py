@@ -140,5 +140,5 @@ def build_info(given: Ingredients) -> InfoVAEObjective:
     return InfoVAEObjective(weight, given.balance(), given.amp, c.l2, given.penalised, given.world)
 
 
-WAE_MMD = Family("wae-mmd", build_wae, check, MMDSettings, deterministic=True)
-INFO_VAE = Family("info-vae", build_info, check, MMDSettings, uses=BALANCED)
+WAE_MMD = Family("wae-mmd", build_wae, check, MMDSettings, deterministic=True, title="Wasserstein autoencoder")
+INFO_VAE = Family("info-vae", build_info, check, MMDSettings, uses=BALANCED, title="InfoVAE")
