@@ -261,10 +261,8 @@ def sentence(run: RunContent) -> str:
     gamma = balance.get(config.get("balance"), "some gamma")
     name = str(config.get("family", "vae"))
     title = (families[name].title or name) if name in families else name
-    stages = "A two-stage" if config.get("epochs2") else "A one-stage"
-    parts = [
-        f"{stages} {title}" if name in families and families[name].deterministic else f"{stages} {title} with {gamma}"
-    ]
+    with_gamma = "" if name in families and families[name].deterministic else f" with {gamma}"
+    parts = [f"A {'two' if config.get('epochs2') else 'one'}-stage {title}{with_gamma}"]
     parts.append(f", preset {config.get('preset')}, {config.get('latents')} latents")
     side, channels = config.get("side"), config.get("channels")
     if data.get("name"):
