@@ -1,8 +1,7 @@
 """Builds bvae's extension: one `bvae._C` for CPU and CUDA on LibTorch's stable ABI, `bvae._host` and `bvae._image`.
 
 Environment:
-    CUDA_HOME               the CUDA toolkit; otherwise /usr/local/cuda. An nvcc that is only on PATH is not used: it is
-                            often a distribution's, of another version than the toolkit beside it.
+    CUDA_HOME               the CUDA toolkit; otherwise /usr/local/cuda, then that of the nvcc on PATH.
     BVAE_CUDA=0             build without CUDA kernels even where nvcc is.
     BVAE_JPEG=0             leave JPEG files to Pillow even where libjpeg-turbo's header is (Debian: libjpeg-dev).
     BVAE_CUDA_ARCHS=80;90   compute capabilities to compile for (default 80;90;100). The newest is also kept as PTX.
@@ -23,6 +22,7 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
+USUAL_CUDA = "/usr/local/cuda"
 CXX_FLAGS = [
     "-O3",
     "-g0",  # Python's own flags ask for debug information, most of the file
@@ -33,6 +33,12 @@ CXX_FLAGS = [
     "-fno-trapping-math",
 ]
 NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+
+
+def without_paths(includes: list[str]) -> list[str]:
+    """Compiler flags under which an error names a file by its place in the project or in torch, not on this machine."""
+    roots = {f"{ROOT.resolve()}/": "", **{f"{path}/": "" for path in includes}}
+    return [f"-ffile-prefix-map={path}={name}" for path, name in roots.items()]
 
 
 def say(text: str) -> None:
@@ -51,10 +57,19 @@ def find_nvcc() -> Path | None:
     """The CUDA compiler, or None where there is none or BVAE_CUDA=0."""
     if os.environ.get("BVAE_CUDA") == "0":
         return None
-    for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
+    for home in (os.environ.get("CUDA_HOME"), USUAL_CUDA):
         if home and (nvcc := Path(home, "bin", "nvcc")).is_file():
             return nvcc
-    return None
+    # Last, for it is often a distribution's, of another version than the toolkit beside it.
+    return Path(on_path) if (on_path := shutil.which("nvcc")) else None
+
+
+def cuda_libraries(nvcc: Path) -> list[str]:
+    """The folders of the toolkit's libraries. nvcc itself names them: the one on PATH may be a script or a link."""
+    report = subprocess.run([str(nvcc), "--dryrun", "-c", "none.cu"], capture_output=True, text=True)
+    named = re.findall(r'"-L([^"]+)"', next(iter(re.findall(r"LIBRARIES=(.*)", report.stdout + report.stderr)), ""))
+    beside = [str(nvcc.resolve().parents[1] / name) for name in ("lib64", "lib")]
+    return [folder for folder in (*beside, *named) if Path(folder).is_dir()]
 
 
 def find_jpeg(compiler: str) -> bool:
@@ -93,7 +108,8 @@ def compile_cuda(nvcc: Path, folder: Path) -> list[str]:
     objects = []
     for source in sorted(CSRC.glob("*.cu")):
         target = folder / f"{source.name}.o"
-        command = [str(nvcc), *NVCC_FLAGS, *code_flags(architectures()), "-c", str(source), "-o", str(target)]
+        place = str(source.relative_to(ROOT))  # a failed assertion on the device names it
+        command = [str(nvcc), *NVCC_FLAGS, *code_flags(architectures()), "-c", place, "-o", str(target)]
         stamp = target.with_suffix(".command")
         newest = max(headers, source.stat().st_mtime)
         fresh = target.exists() and stamp.exists() and stamp.read_text() == shlex.join(command)
@@ -114,7 +130,7 @@ def configure() -> dict:
     reason = None
     try:
         import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
     except ImportError:
         reason = "torch is not installed in the build environment"
     compiler = find_compiler()
@@ -128,13 +144,14 @@ def configure() -> dict:
 
     import pybind11
 
+    unnamed = without_paths([pybind11.get_include()])
     if compiler != "c++":  # torch's own default
         os.environ["CXX"] = str(compiler)
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
     nvcc = find_nvcc()
     cuda_version = archs = ""
     if nvcc is None:
-        say("no nvcc: building for the CPU only (set CUDA_HOME to the CUDA toolkit for CUDA kernels)")
+        say("no nvcc: building for the CPU only (set CUDA_HOME to the CUDA toolkit, or PATH, for CUDA kernels)")
     else:
         report = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
         match = re.search(r"release ([\d.]+)", report)
@@ -159,8 +176,7 @@ def configure() -> dict:
     link = ["-Wl,--no-as-needed", "-ltorch"]  # else the weak CUDA stream symbol stays null on a CUDA torch
     if nvcc is not None:
         defines.append(("BVAE_WITH_CUDA", None))
-        libraries = next((p for p in (nvcc.parents[1] / "lib64", nvcc.parents[1] / "lib") if p.is_dir()), None)
-        link += [f"-L{libraries}"] if libraries else []
+        link += [f"-L{folder}" for folder in cuda_libraries(nvcc)]
         link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     ops = CppExtension(
         "bvae._C",
@@ -170,7 +186,7 @@ def configure() -> dict:
             if not path.name.startswith(("host", "image"))
         ],
         define_macros=defines,
-        extra_compile_args={"cxx": [*CXX_FLAGS, "-std=c++20"]},
+        extra_compile_args={"cxx": [*CXX_FLAGS, *without_paths(include_paths()), "-std=c++20"]},
         extra_link_args=link,
         depends=[
             str(path.relative_to(ROOT)) for pattern in ("*.h", "*.cuh", "*.cu") for path in sorted(CSRC.glob(pattern))
@@ -188,7 +204,7 @@ def configure() -> dict:
             ("BVAE_ARCHITECTURES", f'"{archs}"'),
             ("BVAE_FLAGS", f'"{flags}"'),
         ],
-        extra_compile_args={"cxx": ["-O2", "-g0", "-std=c++17", "-fvisibility=hidden", "-pthread"]},
+        extra_compile_args={"cxx": ["-O2", "-g0", *unnamed, "-std=c++17", "-fvisibility=hidden", "-pthread"]},
         extra_link_args=["-pthread"],
         depends=["csrc/host_rows.h"],
         language="c++",
@@ -202,7 +218,7 @@ def configure() -> dict:
         include_dirs=[pybind11.get_include()],
         define_macros=[("BVAE_JPEG", None)] if jpeg else [],
         libraries=["jpeg"] if jpeg else [],
-        extra_compile_args={"cxx": ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"]},
+        extra_compile_args={"cxx": ["-O3", "-g0", *unnamed, "-std=c++17", "-fvisibility=hidden"]},
         depends=["csrc/image_jpeg.h", "csrc/image_resize.h"],
         language="c++",
     )

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from bvae import ops, reference
 from bvae.machine import describe_device, pick_device, versions
+from bvae.models import layer_ops
 
 Call = Callable[[], Any]
 RIVALS = ("fused", "eager", "compiled")
@@ -176,6 +177,39 @@ def gather_case(batch: int, side: int, images: int, type_name: str, size: str, d
     return Case("gather", f"{size} {batch}x3x{side}x{side}", type_name, moved, make)
 
 
+def norm_cases(batch: int, channels: int, side: int, type_name: str, size: str, device: torch.device) -> list[Case]:
+    """Batch norm with ReLU: forward two reads and a write of the images, backward four and one."""
+    dtype = TYPES[type_name]
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, *_: Tensor) -> tuple[Tensor]:
+        return (torch.relu(torch.nn.functional.batch_norm(x, mean, var, weight, bias, True, 1e-3, 1e-5)),)
+
+    def of(module: Any) -> Callable[..., tuple]:
+        return lambda x, weight, bias, mean, var, gathered, counters: (
+            module.batch_norm_relu(x, weight, bias, (mean, var, gathered), counters, 1e-3, 1e-5),
+        )
+
+    def calls(function: Callable[..., tuple], back: bool) -> Call:
+        torch.manual_seed(0)
+        x = torch.randn(batch, side, side, channels, device=device).to(dtype).permute(0, 3, 1, 2).requires_grad_(back)
+        weight, bias = (torch.ones(channels, device=device, requires_grad=back) for _ in range(2))
+        running = [torch.zeros(shape, device=device) for shape in ((channels,), (channels,), ())]
+        given = x, weight, bias, *running, torch.zeros(channels, dtype=torch.int32, device=device)
+        return backward(function, (x, weight, bias), *given) if back else forward(function, *given)
+
+    cases = []
+    for back, passes in ((False, 3), (True, 5)):
+        make: dict[str, Callable[[], Call]] = {
+            "fused": lambda back=back: calls(of(layer_ops), back),
+            "eager": lambda back=back: calls(plain, back),
+            "compiled": lambda back=back: calls(compiled(of(reference)), back),
+        }
+        moved = passes * batch * channels * side * side * dtype.itemsize
+        shape = f"{size} {batch}x{channels}x{side}x{side}"
+        cases.append(Case("batch_norm_relu" + " backward" * back, shape, type_name, moved, make))
+    return cases
+
+
 def adam_case(width: int, layers: int, type_name: str, size: str, device: torch.device) -> Case:
     """Dense layers with gradients in the type; weights with gradients in bf16 have bf16 copies, for the next step."""
     dtype = TYPES[type_name]
@@ -228,6 +262,8 @@ def all_cases(elements: int, device: torch.device) -> list[Case]:
         cases += loss_cases(large, 32, type_name, "large", device)
         cases.append(gather_case(100, 32, max(100, min(50_000, 8 * large)), type_name, "CIFAR-10", device))
         cases.append(gather_case(large, 32, large, type_name, "large", device))
+        cases += norm_cases(100, 32, 32, type_name, "CIFAR-10", device)
+        cases += norm_cases(max(2, elements // 2**15), 32, 32, type_name, "large", device)
         cases.append(adam_case(1024, min(16, -(-elements // 2**20)), type_name, "stage 2", device))
     return cases
 

@@ -15,10 +15,11 @@ The contestants, each over stage 1 and stage 2 of a recipe:
     pythae           pythae's BaseTrainer, with amp on CUDA (none on a CPU); left out where it is not installed
 
 Each is a process of its own, with what it would have set in it: bvae's are told what bvae.train tells them, the others
-are left as PyTorch starts. They take turns, round after round, so that a machine whose speed drifts slows all alike; a
-first, uncounted turn of each holds compilation and warm-up. Figures are medians over rounds, ratios medians of each
-round's ratio. Pixels and latents are random: the time does not depend on them. benchmarks/bench_table.py writes the
-JSON's table into the documents.
+are left as PyTorch starts. One after the other takes turns with bvae, round after round, so that a machine whose speed
+drifts slows both alike; before the first turn a contestant compiles, and runs for a second. Figures are medians over
+rounds, ratios medians of each round's ratio, against `bvae`, or the first of bvae's that there is. Each is printed,
+and the JSON written, once its contestant is through. Pixels and latents are random: the time does not depend on them.
+benchmarks/bench_table.py writes the JSON's table into the documents.
 """
 
 import argparse
@@ -35,7 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ from bvae.engine.graph import run_steps
 from bvae.engine.step import Step
 from bvae.machine import describe_device, has_bf16, pick_device, prepare_process, training_kernels, versions
 from bvae.models.conv import Conv3x3, ConvTranspose3x3
-from bvae.models.half import Linear
+from bvae.models.half import Linear, LinearReLU
 from bvae.models.norm import BatchNormReLU
 from bvae.models.vae import VAE, first_stage, penalised_modules, second_stage
 from bvae.stages.objective import Noise, VAEObjective
@@ -83,6 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     names = [n for n in args.contestants if n != "pythae" or importlib.util.find_spec("pythae")]
+    names.sort(key=lambda name: not name.startswith("bvae"))  # the first of which is what the others are compared with
     figures: dict[str, Any] = {}
     report = {
         "command": command(sys.argv[1:] if argv is None else argv),
@@ -95,20 +97,27 @@ def main(argv: list[str] | None = None) -> None:
     }
     print(f"{report['device']}, torch {torch.__version__}, commit {report['commit']}")
     seconds = args.seconds if args.seconds is not None else 0.0 if args.quick else 2.0
+    rounds = 1 if args.quick else args.rounds
     for recipe in args.recipes:
         figures[recipe] = {}
         for stage in (1, 2):
             config = configure(recipe, args.quick)
-            contestants = {name: Contestant(name, recipe, stage, args.device, args.quick) for name in names}
-            measured = measure(contestants, config.batch, 1 if args.quick else args.rounds, seconds)
-            show(recipe, stage, config, measured)
-            figures[recipe][f"stage{stage}"] = measured
-    first = figures[args.recipes[0]]
-    for stage in ("stage1", "stage2"):
-        figures[stage] = {name: values["images_per_s"] for name, values in first[stage].items()}
+            head(recipe, stage, config)
+            measured = figures[recipe][f"stage{stage}"] = {}
+            contestants = (Contestant(name, recipe, stage, args.device, args.quick) for name in names)
+            for name, values in measure(contestants, config.batch, rounds, seconds):
+                measured[name] = values
+                show(name, values)
+                if args.json:
+                    args.json.write_text(json.dumps(with_totals(report, figures, args.recipes[0]), indent=2) + "\n")
+
+
+def with_totals(report: dict[str, Any], figures: dict[str, Any], first: str) -> dict[str, Any]:
+    """The report, with the images a second of the first recipe where they are easily found."""
+    for stage, measured in figures[first].items():
+        figures[stage] = {name: values["images_per_s"] for name, values in measured.items()}
     figures.update(figures["stage1"])
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    return report
 
 
 def command(argv: list[str]) -> str:
@@ -170,30 +179,57 @@ def serve(name: str, config: Config, stage: int, device: torch.device) -> None:
         print(timed(run, steps, device) if steps else json.dumps(facts), file=answers, flush=True)
 
 
-def measure(contestants: dict[str, Contestant], batch: int, rounds: int, seconds: float) -> dict[str, dict[str, Any]]:
-    """Figures of every contestant, by name, each of which is ended."""
-    turn = {}
-    for name, one in contestants.items():
-        one.time(2)  # compiles, captures, warms up
-        turn[name] = min(100, max(1, round(seconds / one.time(1))))
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, one in contestants.items():
-            times[name].append(one.time(turn[name]) / turn[name])
-    figures: dict[str, dict[str, Any]] = {}
-    for name, one in contestants.items():
-        rates = [batch / t for t in times[name]]
-        figures[name] = {
+def measure(
+    contestants: Iterable[Contestant], batch: int, rounds: int, seconds: float
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, figures) of one contestant after the other, each of which is ended; of the base once more at the end.
+
+    The base is the first of bvae's, with which the others take turns.
+    """
+    base: Turns | None = None
+    for one in contestants:
+        turns = Turns(one, seconds)
+        ratios = []
+        for _ in range(rounds):
+            before = base.take() if base is not None else turns.take()
+            ratios.append(turns.take() / before if base is not None else 1.0)
+        if base is None and one.name.startswith("bvae"):
+            base = turns
+            yield one.name, turns.figures(batch, ratios)
+        else:
+            yield one.name, turns.figures(batch, ratios if base is not None else None) | one.end()
+    if base is not None:
+        yield base.one.name, base.figures(batch, [1.0]) | base.one.end()
+
+
+class Turns:
+    """A contestant that has warmed up, and the time a step took in each of its turns."""
+
+    def __init__(self, one: Contestant, seconds: float) -> None:
+        self.one = one
+        self.times: list[float] = []
+        one.time(2)  # compiles and captures
+        # The first steps of a process are no measure: a GPU raises its clock, allocators find their blocks.
+        steps, left = 1, min(1.0, seconds)
+        while (took := one.time(steps)) < left:
+            left -= took
+            steps *= 2
+        self.steps = max(1, round(seconds * steps / took))
+
+    def take(self) -> float:
+        """Seconds a step in one more turn."""
+        self.times.append(self.one.time(self.steps) / self.steps)
+        return self.times[-1]
+
+    def figures(self, batch: int, ratios: list[float] | None) -> dict[str, Any]:
+        rates = [batch / t for t in self.times]
+        figures = {
             "images_per_s": statistics.median(rates),
             "lowest": min(rates),
             "highest": max(rates),
-            "steps_per_s": 1 / statistics.median(times[name]),
-            **one.end(),
+            "steps_per_s": 1 / statistics.median(self.times),
         }
-        if "bvae" in times:
-            ratios = [a / b for a, b in zip(times[name], times["bvae"], strict=True)]
-            figures[name]["bvae_is_faster_by"] = statistics.median(ratios)
-    return figures
+        return figures if ratios is None else {**figures, "bvae_is_faster_by": statistics.median(ratios)}
 
 
 def contestant(name: str, c: Config, stage: int, device: torch.device) -> Run:
@@ -222,15 +258,19 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def show(recipe: str, stage: int, config: Config, figures: dict[str, dict[str, Any]]) -> None:
+def head(recipe: str, stage: int, config: Config) -> None:
     print(f"\n{recipe} ({config.side}x{config.side}), stage {stage}, batch {config.batch}")
-    print(f"  {'':15} {'images/s':>10}  {'lowest - highest':>21} {'steps/s':>9} {'bvae is':>8} {'peak MiB':>9}")
-    for name, f in figures.items():
-        span = f"{f['lowest']:.1f} - {f['highest']:.1f}"
-        faster = f"{f['bvae_is_faster_by']:.2f}x" if "bvae_is_faster_by" in f else ""
-        rate = f"{f['images_per_s']:10.1f}  {span:>21} {f['steps_per_s']:9.2f}"
-        print(f"  {name:15} {rate} {faster:>8} {f['peak_memory_mib']:9.0f}")
-    sys.stdout.flush()
+    print(
+        f"  {'':15} {'images/s':>10}  {'lowest - highest':>21} {'steps/s':>9} {'bvae is':>8} {'peak MiB':>9}",
+        flush=True,
+    )
+
+
+def show(name: str, f: dict[str, Any]) -> None:
+    span = f"{f['lowest']:.1f} - {f['highest']:.1f}"
+    faster = f"{f['bvae_is_faster_by']:.2f}x" if "bvae_is_faster_by" in f else ""
+    memory = f"{f['peak_memory_mib']:9.0f}" if "peak_memory_mib" in f else ""
+    print(f"  {name:15} {f['images_per_s']:10.1f}  {span:>21} {f['steps_per_s']:9.2f} {faster:>8} {memory}", flush=True)
 
 
 # ---- memory, versions -----------------------------------------------------------------------------------------------
@@ -283,22 +323,46 @@ def plain_network(c: Config, stage: int) -> VAE:
     return with_plain_layers(network(c, stage))
 
 
+class PlainConv2d(nn.Conv2d):
+    """PyTorch's, called as bvae's blocks call their layers."""
+
+    def apart(self, x: Tensor) -> tuple[Tensor, None]:
+        return self(x), None
+
+
+class PlainConvTranspose2d(nn.ConvTranspose2d):
+    def apart(self, x: Tensor) -> tuple[Tensor, None]:
+        return self(x), None
+
+
+class PlainNormReLU(nn.Sequential):
+    def forward(self, x: Tensor, offset: None = None) -> Tensor:
+        return super().forward(x)
+
+    def beside(self, x: Tensor, offset: None = None) -> tuple[Tensor, Tensor]:
+        return self(x), x
+
+
 def with_plain_layers(module: Any) -> Any:
     """`module` with every layer of bvae's replaced by the one of torch.nn that computes the same."""
     for name, child in module.named_children():
         plain: nn.Module
         match child:
             case Conv3x3():
-                plain = nn.Conv2d(child.in_channels, child.out_channels, 3, child.stride, 1)  # type: ignore[arg-type]
+                plain = PlainConv2d(child.in_channels, child.out_channels, 3, child.stride, 1)  # type: ignore[arg-type]
             case ConvTranspose3x3():
-                plain = nn.ConvTranspose2d(child.in_channels, child.out_channels, 3, 2, 1, 1)
+                plain = PlainConvTranspose2d(child.in_channels, child.out_channels, 3, 2, 1, 1)
+            case LinearReLU():
+                dense = nn.Linear(child.in_features, child.out_features)
+                dense.load_state_dict(child.state_dict())
+                setattr(module, name, nn.Sequential(dense, nn.ReLU()))
+                continue
             case Linear():
                 plain = nn.Linear(child.in_features, child.out_features)
             case BatchNormReLU():
-                plain = nn.BatchNorm2d(len(child.weight), child.eps, child.momentum)
-                plain.load_state_dict(child.state_dict(), strict=False)  # ours keeps one number more
-                plain = nn.Sequential(plain, nn.ReLU())
-                setattr(module, name, plain)
+                norm = nn.BatchNorm2d(len(child.weight), child.eps, child.momentum)
+                norm.load_state_dict(child.state_dict(), strict=False)  # ours keeps one number more
+                setattr(module, name, PlainNormReLU(norm, nn.ReLU()))
                 continue
             case _:
                 with_plain_layers(child)
@@ -496,8 +560,11 @@ def pythae(c: Config, stage: int, device: torch.device) -> Run:
     trainer.callback_handler.callbacks = []  # its progress bar
 
     def run(steps: int) -> None:
-        trainer.train_loader = trainer.get_train_dataloader(BaseDataset(data[: steps * c.batch], labels))
-        trainer.train_step(1)
+        while steps:  # its loader gives no more than there is data
+            n = min(steps, len(data) // c.batch)
+            trainer.train_loader = trainer.get_train_dataloader(BaseDataset(data[: n * c.batch], labels))
+            trainer.train_step(1)
+            steps -= n
 
     return run
 

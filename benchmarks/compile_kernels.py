@@ -1,7 +1,7 @@
 """Compiles every CUDA kernel for each architecture and prints registers, spills and shared memory.
 
 Exit code 1 where a file does not compile or a kernel spills registers to memory. Where there is no nvcc
-(CUDA_HOME, then /usr/local/cuda) it says so and exits with 0: a machine without CUDA can still run the checks.
+(CUDA_HOME, /usr/local/cuda, PATH) it says so and exits with 0: a machine without CUDA can still run the checks.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> int:
     args = parser.parse_args()
     nvcc = find_nvcc()
     if nvcc is None:
-        print("no nvcc (looked in CUDA_HOME and /usr/local/cuda): no kernel was compiled")
+        print("no nvcc (looked in CUDA_HOME, in /usr/local/cuda and on the PATH): no kernel was compiled")
         return 0
     rows: list[tuple[str, str, int, int, int, int]] = []
     for source in sorted(CSRC.glob("*.cu")):

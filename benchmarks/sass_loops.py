@@ -42,7 +42,7 @@ def disassemble(source: Path, arch: str) -> dict[str, list[tuple[int, str]]]:
     """Of each kernel, by its mangled name, the instructions with their addresses."""
     nvcc = find_nvcc()
     if nvcc is None:
-        sys.exit("error: no nvcc (looked in CUDA_HOME and /usr/local/cuda)")
+        sys.exit("error: no nvcc (looked in CUDA_HOME, in /usr/local/cuda and on the PATH)")
     beside = nvcc.with_name("cuobjdump")
     tool = str(beside) if beside.is_file() else shutil.which("cuobjdump")
     if tool is None:

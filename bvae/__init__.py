@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from bvae.run.folder import Run, load
     from bvae.two_stage import TwoStageVAE
 
+__version__ = "0.1.0"  # the package's metadata take it from here
+
 _moved.install()
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "Run",
     "TwoStageVAE",
     "UserError",
+    "__version__",
     "fit",
     "load",
     "register_network",

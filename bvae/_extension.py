@@ -18,6 +18,7 @@ def load() -> str | None:
         return "bvae._C was not built (no C++ compiler at installation)"
     except ImportError as error:
         return f"bvae._C could not be loaded: {error}"
-    if not hasattr(torch.ops.bvae, "all_finite"):  # the newest of the ops
+    op = getattr(torch.ops.bvae, "balanced_loss", None)
+    if op is None or "monotone" not in str(op.default._schema) or not hasattr(torch.ops.bvae, "relu_grad"):
         return "bvae._C was built from older sources: build it again"
     return None

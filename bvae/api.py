@@ -2,11 +2,8 @@
 
 import dataclasses
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +15,11 @@ from bvae.config import Config, find_preset
 from bvae.config.registry import Part, networks, part_settings
 from bvae.config.settings import configure
 from bvae.data import Dataset
+from bvae.engine.interrupts import stopping
 from bvae.engine.trainer import Trainer
 from bvae.errors import Interrupted, UserError
 from bvae.files import exists
-from bvae.machine import has_bf16
+from bvae.machine import has_bf16, set_threads
 from bvae.models.vae import CUSTOM, Network, first_stage, latents_of
 from bvae.report.panels import draw
 from bvae.report.views import Views
@@ -169,6 +167,8 @@ def make_trainer(
     Raises UserError for all that can be refused, before anything is written.
     """
     world = world or World().connect(config.device)
+    if config.threads is not None:
+        set_threads(config.threads)
     data = data.hold_out(config.val, config.data_seed) if config.val else data
     check_data(config, data, world)
     require(config.logger)
@@ -194,7 +194,11 @@ def complete(trainer: Trainer) -> Views | None:
 
     Raises Interrupted where a signal has asked for the end, and the state is saved.
     """
-    with stopping(trainer), trainer.log:
+
+    def stop(number: int) -> None:
+        trainer.stop = number
+
+    with stopping(stop), trainer.log:
         results = trainer.run()
         if not trainer.world.first:
             return None
@@ -202,25 +206,3 @@ def complete(trainer: Trainer) -> Views | None:
         for name in trainer.config.prior:
             trainer.log.note(f"prior {name}: {fit_prior_of(folder, trainer.model, data, name, trainer.config.seed)}")
         return draw(folder, trainer.model, data, results, trainer.log, trainer.finished_epochs)
-
-
-@contextmanager
-def stopping(trainer: Trainer) -> Iterator[None]:
-    """Lets SIGINT and SIGTERM end the training after the step under way; a second one ends the process at once.
-
-    Handlers of before are put back at the end. Outside the main thread, where no handler can be set, it does nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, _: Any) -> None:
-        trainer.stop = number
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)

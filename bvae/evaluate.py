@@ -48,7 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--protocol", choices=PROTOCOLS, default=DEFAULT)
     group.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the Inception network")
     group.add_argument("--fid-num", type=int, default=NUM, help="generated images, and at most so many of the test set")
-    group.add_argument("--only", nargs="+", choices=PARTS, help="measure these alone, as results.json names them")
+    group.add_argument("--only", nargs="*", choices=PARTS, help="measure these alone; nothing: --prior alone")
     group.add_argument("--rec", choices=("both", "sampled", "mean"), default="both", help="how latents are decoded")
     group.add_argument("--contrast", action="store_true", help="restore the contrast of reconstructions before REC")
     group.add_argument("--prior", help="also FIDs of samples of these priors: names with commas between")
@@ -109,7 +109,8 @@ def main(argv: list[str] | None = None) -> None:
             scorer = FIDScorer(
                 extractor, images, args.fid_num, args.allow_few, Cache(default_folder()), progress=follow
             )
-            figures["fid"] = {args.protocol: fid_figures(model, scorer, args.only or parts(args.rec), args.contrast)}
+            names = parts(args.rec) if args.only is None else args.only
+            figures["fid"] = {args.protocol: fid_figures(model, scorer, names, args.contrast)}
             for name in priors:
                 z = sample_latents(args.run, model, name, args.fid_num, c.seed)
                 figures["fid"][args.protocol][f"gen_{name}"] = scorer.of_latents(model, z, f"GEN, {name}")

@@ -135,6 +135,7 @@ def run(args: argparse.Namespace, world: World) -> None:
         assert path is not None
         network, weights = load_inception(path, world.device, args.precision or "fp32")
         extractor = Extractor(network, weights, PROTOCOLS[protocol or DEFAULT], args.batch_size)
+    read_sides(sides, say=world.first)
     a, *rest = statistics_of(args, sides, extractor, world)
     if not world.first:
         return
@@ -221,18 +222,22 @@ def check_sides(args: argparse.Namespace, sides: list[Side]) -> str | None:
                 raise UserError(f"{side.path}: statistics cannot be changed: give the images")
             if measured and isinstance(side.content, Statistics):
                 check_dimension(side.content, side.path)
-    for side in sides:  # reads all images: after what takes no time
+    return label
+
+
+def read_sides(sides: list[Side], say: bool) -> None:
+    """Reads all images once: refuses what their headers or values show to be unusable, and notes different sizes."""
+    for side in sides:
         if side.images:
             with naming(side.name):
                 side.images.digest()
     sizes = [side.images.size for side in sides if side.images]
-    if len(set(sizes)) > 1:
+    if say and len(set(sizes)) > 1:
         (a_height, a_width), (b_height, b_width) = (size or (0, 0) for size in sizes)
         text = (
             f"A is of {a_width}x{a_height}, B of {b_width}x{b_height}: each is resized to the network's size by itself"
         )
         print(f"note: {text}", file=sys.stderr)
-    return label
 
 
 def choose_protocol(args: argparse.Namespace, sides: list[Side]) -> str | None:

@@ -1,14 +1,15 @@
-"""`python -m bvae.info`: what bvae was built with, what it runs on, and whether the extension is in use."""
+"""python -m bvae.info: the build and the machine, and whether the extension is in use."""
 
+import argparse
 import importlib
 import importlib.metadata
 import platform
-import sys
 
 import torch
 
 from bvae import _extension
 from bvae.data.decoders.libraries import jpeg_version
+from bvae.errors import run_command
 
 PACKAGES = ("bvae", "torch", "numpy", "pillow", "matplotlib", "safetensors", "tensorboard", "tyro", "rich")
 
@@ -76,13 +77,13 @@ def report() -> list[tuple[str, str]]:
     return lines
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> None:
+    argparse.ArgumentParser(prog="python -m bvae.info", description=__doc__).parse_args(argv)
     lines = report()
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
         print(f"{name:<{width}}  {value}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -1,7 +1,6 @@
 """The machine a run is on: its device, and what is written down of it."""
 
 import ctypes
-import importlib.metadata
 import os
 import platform
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+import bvae
 from bvae.errors import UserError
 
 
@@ -120,9 +120,17 @@ def prepare_process() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def set_threads(n: int) -> None:
+    """Lets torch's operations take n threads on the CPU. Raises UserError for fewer than 1 or more than processors."""
+    processors = len(os.sched_getaffinity(0))
+    if not 1 <= n <= processors:
+        raise UserError(f"--threads {n}: must be from 1 to {processors}, the processors this process may use")
+    torch.set_num_threads(n)
+
+
 def versions() -> dict[str, str]:
     return {
-        "bvae": importlib.metadata.version("bvae"),
+        "bvae": bvae.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

@@ -25,7 +25,8 @@ __all__ = [
     "adam",
     "all_finite",
     "balanced_loss",
-    "batch_norm_relu",
+    "copy_all",
+    "end_step",
     "gather",
     "make_rng",
     "philox_normal",
@@ -59,11 +60,16 @@ class _FirstDerivative(torch.autograd.Function):
         raise RuntimeError(f"bvae: {ctx.name} has no second derivative; its backward cannot be differentiated")
 
 
-def _first_derivative(name: str, grads: tuple[Tensor | None, ...], *inputs: Tensor | None) -> Any:
+def first_derivative(name: str, grads: tuple[Tensor | None, ...], *inputs: Tensor | None) -> Any:
     # Gradients are recorded inside a backward only under create_graph=True.
     if not torch.is_grad_enabled():
         return grads
     return _FirstDerivative.apply(name, len(grads), *grads, *inputs)
+
+
+def _transformed() -> bool:
+    """Whether torch.func (grad, vmap, jacrev ...) runs the caller: it can transform the plain twins alone."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 # ---- sampling and KL ------------------------------------------------------------------------------------------------
@@ -71,8 +77,12 @@ def _first_derivative(name: str, grads: tuple[Tensor | None, ...], *inputs: Tens
 
 class _SampleKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mu: Tensor, log_sigma: Tensor, rng: Tensor, first_sample: int, advance: bool) -> Any:
+    def forward(
+        ctx: Any, mu: Tensor, log_sigma: Tensor, rng: Tensor, first_sample: int, advance: bool, per_latent: bool
+    ) -> Any:
         z, kl, moments, state = _raw.sample_kl(mu, log_sigma, rng, first_sample, advance)
+        if per_latent:
+            kl = moments[3].clone()
         ctx.save_for_backward(mu, log_sigma, state)
         ctx.first_sample = first_sample
         ctx.mark_non_differentiable(moments)
@@ -84,11 +94,19 @@ class _SampleKL(torch.autograd.Function):
     def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None, _: Any) -> Any:
         mu, log_sigma, state = ctx.saved_tensors
         grads = _raw.sample_kl_backward(grad_z, grad_kl, mu, log_sigma, state, ctx.first_sample)
-        grads = _first_derivative("sample_kl", grads, grad_z, grad_kl, mu, log_sigma)
-        return grads[0], grads[1], None, None, None
+        grads = first_derivative("sample_kl", grads, grad_z, grad_kl, mu, log_sigma)
+        return grads[0], grads[1], None, None, None, None
 
 
-def sample_kl(mu: Tensor, log_sigma: Tensor, rng: Tensor, *, first_sample: int = 0, advance: bool = True) -> SampleKL:
+def sample_kl(
+    mu: Tensor,
+    log_sigma: Tensor,
+    rng: Tensor,
+    *,
+    first_sample: int = 0,
+    advance: bool = True,
+    per_latent: bool = False,
+) -> SampleKL:
     """Samples the posterior and sums its KL divergence from N(0, I), in one launch.
 
         z = mu + sigma eps,   kl = sum_ij 1/2 (mu_ij^2 + sigma_ij^2 - 2 log sigma_ij - 1)
@@ -100,19 +118,23 @@ def sample_kl(mu: Tensor, log_sigma: Tensor, rng: Tensor, *, first_sample: int =
             the global batch and the latent; not on device, batch split or thread count.
         first_sample: the place of row 0 in the global batch (this rank's first row).
         advance: add 1 to the offset, in place on the device, so that the next call draws other noise.
+        per_latent: return the kl of every latent by itself.
 
     Returns:
-        z, mu's shape and dtype, contiguous; kl, a scalar, summed over batch and latents; moments [4, k], the sums over
+        z, mu's shape and dtype, contiguous; kl, a scalar, summed over batch and latents, or with `per_latent` [k],
+        summed over the batch; moments [4, k], the sums over
         the batch of mu, mu^2, sigma^2 and kl, not differentiable. kl and moments are float32, for float64 inputs
         float64. z and kl have first derivatives only.
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit; a CUDA tensor with a build without CUDA kernels.
     """
-    if EXTENSION_ERROR is not None:
-        return reference.sample_kl(mu, log_sigma, rng, first_sample=first_sample, advance=advance)
+    if EXTENSION_ERROR is not None or _transformed():
+        return reference.sample_kl(
+            mu, log_sigma, rng, first_sample=first_sample, advance=advance, per_latent=per_latent
+        )
     mu, log_sigma = autocast_inputs(mu, log_sigma)
-    z, kl, moments = _SampleKL.apply(mu, log_sigma, rng, first_sample, advance)
+    z, kl, moments = _SampleKL.apply(mu, log_sigma, rng, first_sample, advance, per_latent)
     return SampleKL(z, kl, moments)
 
 
@@ -142,28 +164,35 @@ class _BalancedLoss(torch.autograd.Function):
         kl: Tensor,
         gamma2: Tensor,
         skipped: Tensor,
+        weight: Tensor | None,
         kl_weight: float,
         logits: bool,
         update: bool,
         decay: float,
         floor: float,
+        monotone: bool,
     ) -> Any:
         loss, sse, stats, used = _raw.balanced_loss(
-            recon, target, kl, gamma2, skipped, kl_weight, logits, update, decay, floor
+            recon, target, kl, gamma2, skipped, weight, kl_weight, logits, update, decay, floor, monotone
         )
-        ctx.save_for_backward(recon, target, used)
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(recon, target, used)
+        else:
+            # Not with the others: activation checkpointing would make it again, from the gamma2 after the step.
+            ctx.save_for_backward(recon, target)
+            ctx.used = used
+            ctx.set_materialize_grads(False)
         ctx.kl_weight, ctx.logits, ctx.kl_shape = kl_weight, logits, kl.shape
         ctx.mark_non_differentiable(stats)
-        if not torch.compiler.is_compiling():
-            ctx.set_materialize_grads(False)
         return loss, sse, stats
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, grad_sse: Tensor | None, _: Any) -> Any:
-        recon, target, used = ctx.saved_tensors
+        recon, target, *kept = ctx.saved_tensors
+        used = kept[0] if kept else ctx.used
         grads = _raw.balanced_loss_backward(grad_loss, grad_sse, recon, target, used, ctx.kl_weight, ctx.logits)
-        grads = _first_derivative("balanced_loss", grads, grad_loss, grad_sse, recon)
-        return grads[0], None, grads[1].view(ctx.kl_shape), None, None, None, None, None, None, None
+        grads = first_derivative("balanced_loss", grads, grad_loss, grad_sse, recon)
+        return grads[0], None, grads[1].view(ctx.kl_shape), *(None,) * 9
 
 
 def balanced_loss(
@@ -174,25 +203,31 @@ def balanced_loss(
     skipped: Tensor,
     *,
     kl_weight: float = 1.0,
+    weight: Tensor | None = None,
     logits: bool,
     update: bool,
     decay: float = 0.99,
     floor: float = 1e-8,
+    monotone: bool = True,
 ) -> BalancedLossOut:
     """The balanced loss of a batch, and the step of gamma2, in one pass over the images.
 
-        loss = sse / (2 B gamma2) + kl_weight kl / B + D/2 log gamma2 + D/2 log 2 pi
+        loss = sse / (2 B gamma2) + kl_weight weight kl / B + D/2 log gamma2 + D/2 log 2 pi
 
     with gamma2 from before the step, a constant in the gradient; D is the number of elements of one sample. Then, with
-    `update`, gamma2 <- max(floor, min(gamma2, decay gamma2 + (1 - decay) sse / (B D))), in place. A non-finite mse
-    leaves gamma2 as it was and adds 1 to `skipped`. An empty batch has sse 0, moves nothing and is not counted.
+    `update`, gamma2 <- max(floor, min(gamma2, decay gamma2 + (1 - decay) sse / (B D))), in place; without `monotone`
+    gamma2 may grow: max(floor, decay gamma2 + ...). A non-finite mse leaves gamma2 as it was and adds 1 to `skipped`.
+    An empty batch has sse 0, moves nothing and is not counted. A gamma2 of 0 has not started: the loss uses the batch's
+    own sse / (B D), of at least `floor`, and with `update` gamma2 becomes that.
 
     Args:
         recon: [B, ...] float32, float64, bfloat16 or float16: logits (the sigmoid is applied here) or values.
         target: recon's shape; uint8 (read as target / 255) or any float. Gets no gradient.
         kl: scalar, summed over the batch, as `sample_kl` returns it.
         gamma2: float32 scalar, an estimate of the mse per element. skipped: int64 scalar.
-        kl_weight: weight of the KL term. decay, floor: of gamma2's step, as above.
+        kl_weight: weight of the KL term. weight: float32 scalar on the device, multiplies it; None stands for 1. A
+            constant in the gradient.
+        decay, floor, monotone: of gamma2's step, as above.
 
     Returns:
         loss and sse (the batch's sum of squares), scalars with first derivatives, float32 or for float64 recon float64;
@@ -202,20 +237,29 @@ def balanced_loss(
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit; a CUDA tensor with a build without CUDA kernels.
     """
-    if EXTENSION_ERROR is not None:
+    if EXTENSION_ERROR is not None or _transformed():
         return reference.balanced_loss(
-            recon, target, kl, gamma2, skipped,
-            kl_weight=kl_weight, logits=logits, update=update, decay=decay, floor=floor,
+            recon, target, kl, gamma2, skipped, kl_weight=kl_weight, weight=weight, logits=logits, update=update,
+            decay=decay, floor=floor, monotone=monotone,
         )  # fmt: skip
     sums = sum_dtype(recon.dtype)
     if kl.dtype != sums:
         kl = kl.to(sums)
-    loss, sse, stats = _BalancedLoss.apply(recon, target, kl, gamma2, skipped, kl_weight, logits, update, decay, floor)
+    loss, sse, stats = _BalancedLoss.apply(
+        recon, target, kl, gamma2, skipped, weight, kl_weight, logits, update, decay, floor, monotone
+    )
     return BalancedLossOut(loss, sse, stats)
 
 
 def update_gamma2(
-    gamma2: Tensor, skipped: Tensor, sse: Tensor, count: Tensor, *, decay: float = 0.99, floor: float = 1e-8
+    gamma2: Tensor,
+    skipped: Tensor,
+    sse: Tensor,
+    count: Tensor,
+    *,
+    decay: float = 0.99,
+    floor: float = 1e-8,
+    monotone: bool = True,
 ) -> None:
     """One step of gamma2 from a sum of squares pooled over ranks or accumulated batches, in place on the device.
 
@@ -223,11 +267,11 @@ def update_gamma2(
         gamma2: float32 scalar. skipped: int64 scalar; counts the steps refused because sse / count was not finite.
         sse: float32 or float64 scalar. count: the number of elements it sums over, int64 or float64 scalar; where it
             is 0 nothing happens.
-        decay, floor: as in `balanced_loss`.
+        decay, floor, monotone: as in `balanced_loss`.
     """
     if EXTENSION_ERROR is not None:
-        return reference.update_gamma2(gamma2, skipped, sse, count, decay=decay, floor=floor)
-    return _raw.update_gamma2(gamma2, skipped, sse.detach(), count, decay, floor)
+        return reference.update_gamma2(gamma2, skipped, sse, count, decay=decay, floor=floor, monotone=monotone)
+    return _raw.update_gamma2(gamma2, skipped, sse.detach(), count, decay, floor, monotone)
 
 
 # ---- gather ---------------------------------------------------------------------------------------------------------
@@ -262,63 +306,6 @@ def gather(
         if "is out of range for" in str(error):
             raise IndexError(str(error).splitlines()[0]) from None
         raise
-
-
-# ---- batch norm with ReLU --------------------------------------------------------------------------------------------
-
-
-class _BatchNormReLU(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        momentum: float,
-        eps: float,
-    ) -> Tensor:
-        y, mean, invstd = _raw.batch_norm_relu(x, weight, bias, running_mean, running_var, momentum, eps)
-        ctx.save_for_backward(x, weight, bias, mean, invstd)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, bias, mean, invstd = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        grads = _raw.batch_norm_relu_backward(grad, x, weight, bias, mean, invstd)
-        grads = _first_derivative("batch_norm_relu", grads, grad, x, weight, bias)
-        return *grads, None, None, None, None
-
-
-def batch_norm_relu(
-    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
-) -> Tensor:
-    """ReLU of x normalised over the batch, in training; the running statistics move in place.
-
-        y = max(0, (x - mean) / sqrt(var + eps) * weight + bias)
-        running <- (1 - momentum) running + momentum (mean, or the unbiased variance)
-
-    Fused on the CPU for float32, bfloat16 and float16 in channels_last memory, with the extension; PyTorch's own
-    operations everywhere else, under torch.compile too. The fused one has first derivatives only.
-
-    Args:
-        x: [B, C, H, W], more than one value a channel. weight, bias, running_mean, running_var: float32 [C].
-
-    Returns:
-        y, like x.
-    """
-    if (
-        EXTENSION_ERROR is None
-        and x.is_cpu
-        and x.numel() > 0
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and not torch.compiler.is_compiling()
-    ):
-        return _BatchNormReLU.apply(x, weight, bias, running_mean, running_var, momentum, eps)
-    return reference.batch_norm_relu(x, weight, bias, running_mean, running_var, momentum, eps)
 
 
 # ---- Adam -----------------------------------------------------------------------------------------------------------
@@ -379,6 +366,50 @@ def adam(
     return _raw.adam(parameters, grads, exp_avgs, exp_avg_sqs, copies, halved, steps, good, lr, *betas, eps)
 
 
+# ---- the beginning and the end of a step ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def copy_all(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+    """Copies each tensor of `source` into its fellow in `to`, which is like it and dense: on CUDA in one launch."""
+    if EXTENSION_ERROR is not None:
+        return reference.copy_all(to, source)
+    if to or source:  # the dispatcher knows no device of no tensor
+        _raw.copy_all(to, source)
+
+
+@torch.no_grad()
+def end_step(
+    good: Tensor,
+    parts: Tensor,
+    moments: Tensor | None,
+    sum_parts: Tensor,
+    sum_moments: Tensor,
+    counts: Tensor,
+    trouble: Tensor,
+    state: Sequence[Tensor],
+    kept: Sequence[Tensor],
+) -> None:
+    """Ends an optimiser step in one launch: its figures are added to their sums, or its state is put back.
+
+        good:  sum_parts += parts,  sum_moments += moments,  counts[0] += 1,  trouble <- max(0, trouble - 1/4)
+        bad:   state <- kept,  counts[1] += 1,  trouble += 1
+
+    Args:
+        good: bool scalar on the device. parts: float32 [n]. moments: float32 of any shape, or None.
+        sum_parts: float64 [n]. sum_moments: float64, of moments' shape. counts: float64 [2]. trouble: float64 scalar,
+            which grows without end only where more than one step in five is bad.
+        state, kept: dense tensors of any types, in pairs alike; `copy_all` makes `kept` before the step.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit; CUDA tensors with a build without CUDA kernels.
+    """
+    arguments = good, parts, moments, sum_parts, sum_moments, counts, trouble, state, kept
+    if EXTENSION_ERROR is not None:
+        return reference.end_step(*arguments)
+    return _raw.end_step(*arguments)
+
+
 # ---- shapes without data, for torch.compile -------------------------------------------------------------------------
 
 
@@ -407,17 +438,19 @@ def _fake_balanced_loss(
     kl: Tensor,
     gamma2: Tensor,
     skipped: Tensor,
+    weight: Tensor | None,
     kl_weight: float,
     logits: bool,
     update: bool,
     decay: float,
     floor: float,
+    monotone: bool,
 ) -> Any:
     def new(*size: int, dtype: torch.dtype) -> Tensor:
         return recon.new_empty(size, dtype=dtype)
 
     sums = sum_dtype(recon.dtype)
-    return new(dtype=sums), new(dtype=sums), new(4, dtype=torch.float32), new(dtype=torch.float32)
+    return new(dtype=sums), new(dtype=sums), new(4, dtype=torch.float32), new(2, dtype=torch.float32)
 
 
 def _fake_balanced_loss_backward(
@@ -425,7 +458,7 @@ def _fake_balanced_loss_backward(
     grad_sse: Tensor | None,
     recon: Tensor,
     target: Tensor,
-    gamma2_used: Tensor,
+    used: Tensor,
     kl_weight: float,
     logits: bool,
 ) -> Any:
@@ -454,3 +487,5 @@ if EXTENSION_ERROR is None:
     torch.library.register_fake("bvae::gather", _fake_gather)
     torch.library.register_fake("bvae::all_finite", lambda tensors: tensors[0].new_empty((), dtype=torch.bool))
     torch.library.register_fake("bvae::adam", lambda *args: None)
+    torch.library.register_fake("bvae::copy_all", lambda to, source: None)
+    torch.library.register_fake("bvae::end_step", lambda *args: None)

@@ -7,7 +7,7 @@ IEEE Access 8, 2020 (arXiv 2002.07514). Noise: Philox4x32-10 of Salmon et al., S
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ WORD = 0xFFFFFFFF
 
 
 class SampleKL(NamedTuple):
-    """What `sample_kl` returns: z as mu; kl, a scalar; moments [4, k]."""
+    """What `sample_kl` returns: z as mu; kl, a scalar or [k]; moments [4, k]."""
 
     z: Tensor
     kl: Tensor
@@ -118,7 +118,15 @@ def kl(mu: Tensor, log_sigma: Tensor) -> Tensor:
     return 0.5 * (mu.square() + (torch.expm1(2 * log_sigma) - 2 * log_sigma))
 
 
-def sample_kl(mu: Tensor, log_sigma: Tensor, rng: Tensor, *, first_sample: int = 0, advance: bool = True) -> SampleKL:
+def sample_kl(
+    mu: Tensor,
+    log_sigma: Tensor,
+    rng: Tensor,
+    *,
+    first_sample: int = 0,
+    advance: bool = True,
+    per_latent: bool = False,
+) -> SampleKL:
     """z = mu + sigma eps and kl = sum of 1/2 (mu^2 + sigma^2 - 2 log sigma - 1). See `bvae.ops.sample_kl`."""
     if mu.shape != log_sigma.shape or mu.dim() < 1:
         raise RuntimeError("bvae: mu and log_sigma must have one shape [B, ...]")
@@ -136,10 +144,15 @@ def sample_kl(mu: Tensor, log_sigma: Tensor, rng: Tensor, *, first_sample: int =
     terms = kl(m, ls)
     with torch.no_grad():
         moments = torch.stack([m.sum(0), m.square().sum(0), sigma.square().sum(0), terms.sum(0)])
-    return SampleKL(z, terms.sum(), moments)
+    return SampleKL(z, terms.sum(0) if per_latent else terms.sum(), moments)
 
 
 # ---- the loss -------------------------------------------------------------------------------------------------------
+
+
+def _over_255(x: Tensor) -> Tensor:
+    """x / 255, correctly rounded. CUDA multiplies by the reciprocal of a number, but divides by a tensor of its own."""
+    return x / torch.full((), 255.0, dtype=x.dtype, device=x.device)
 
 
 def auto_kl_weight(side: int, latents: int) -> float:
@@ -153,8 +166,48 @@ def gaussian_nll(sse: Tensor, gamma2: Tensor, batch: int, per_sample: int) -> Te
     return sse / (2 * batch * gamma2) + constant if batch else sse + constant
 
 
+class _Times(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.factor = factor
+        return x * factor
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def _times(x: Tensor, factor: Tensor) -> Tensor:
+    """x * factor, where factor is a constant in the gradient that comes from a state.
+
+    The plain product would save the factor for its backward, and activation checkpointing would make it again from the
+    state after the step.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return x * factor
+    return _Times.apply(x, factor)
+
+
+def unit_target(target: Tensor, dtype: torch.dtype) -> Tensor:
+    """A loss's target in `dtype`, without gradient: uint8 as value / 255."""
+    x = target.detach().to(dtype)
+    return _over_255(x) if target.dtype == torch.uint8 else x
+
+
+def gamma2_in_use(gamma2: Tensor, mse: Tensor, floor: float) -> Tensor:
+    """The gamma2 that a loss uses: 0 stands for one that has not started, and then it is the batch's own mse."""
+    return torch.where(gamma2 == 0, mse.detach().clamp(min=floor).to(gamma2.dtype), gamma2)
+
+
 def update_gamma2(
-    gamma2: Tensor, skipped: Tensor, sse: Tensor, count: Tensor, *, decay: float = 0.99, floor: float = 1e-8
+    gamma2: Tensor,
+    skipped: Tensor,
+    sse: Tensor,
+    count: Tensor,
+    *,
+    decay: float = 0.99,
+    floor: float = 1e-8,
+    monotone: bool = True,
 ) -> None:
     """gamma2 <- max(floor, min(gamma2, decay gamma2 + (1 - decay) sse / count)). See `bvae.ops.update_gamma2`."""
     with torch.no_grad():
@@ -162,7 +215,9 @@ def update_gamma2(
         mse = sse.double() / count.double()
         finite = mse.isfinite()
         now = gamma2.double()
-        moved = torch.minimum(now, decay * now + (1 - decay) * mse).clamp(min=floor).to(gamma2.dtype)
+        mixed = decay * now + (1 - decay) * mse
+        moved = torch.where(now == 0, mse, torch.minimum(now, mixed) if monotone else mixed)
+        moved = moved.clamp(min=floor).to(gamma2.dtype)
         gamma2.copy_(torch.where(some & finite, moved, gamma2))
         skipped.add_((some & ~finite).to(skipped.dtype))
 
@@ -175,43 +230,37 @@ def balanced_loss(
     skipped: Tensor,
     *,
     kl_weight: float = 1.0,
+    weight: Tensor | None = None,
     logits: bool,
     update: bool,
     decay: float = 0.99,
     floor: float = 1e-8,
+    monotone: bool = True,
 ) -> BalancedLossOut:
-    """loss = sse / (2 B gamma2) + kl_weight kl / B + D/2 log(2 pi gamma2). See `bvae.ops.balanced_loss`."""
+    """loss = sse / (2 B gamma2) + kl_weight weight kl / B + D/2 log(2 pi gamma2). See `bvae.ops.balanced_loss`."""
     if recon.shape != target.shape or recon.dim() < 1:
         raise RuntimeError("bvae: the reconstruction and its target must have one shape [B, ...]")
     sums = sum_dtype(recon.dtype)
     batch, numel, per_sample = recon.shape[0], recon.numel(), math.prod(recon.shape[1:])
-    x = target.detach().to(sums)
-    if target.dtype == torch.uint8:
-        x = x / 255
+    x = unit_target(target, sums)
     x_hat = recon.to(sums).sigmoid() if logits else recon.to(sums)
     sse = (x_hat - x).square().sum()
-    used = _before(gamma2.detach())
+    mse = (sse / max(numel, 1)).detach()
+    used = gamma2_in_use(_before(gamma2.detach()).reshape(()), mse, floor)
     g2, kl = used.to(sums), kl.to(sums).reshape(())
-    nll = gaussian_nll(sse, g2, batch, per_sample)
+    nll = gaussian_nll(_times(sse, 1 / g2), torch.ones_like(g2), batch, per_sample) + 0.5 * per_sample * g2.log()
     kl_mean = kl / batch if batch else 0 * kl
-    loss = nll + kl_weight * kl_mean
+    moved = torch.ones_like(used) if weight is None else _before(weight.detach()).reshape(())
+    loss = nll + _times(kl_mean, kl_weight * moved.to(sums))
     with torch.no_grad():
-        mse = sse / max(numel, 1)
-        stats = torch.stack([mse.float(), kl_mean.float(), used.reshape(()), nll.float()])
+        stats = torch.stack([mse.float(), kl_mean.float(), used, nll.float()])
     if update:
         count = torch.tensor(numel, dtype=torch.int64, device=recon.device)
-        update_gamma2(gamma2, skipped, sse.detach(), count, decay=decay, floor=floor)
+        update_gamma2(gamma2, skipped, sse.detach(), count, decay=decay, floor=floor, monotone=monotone)
     return BalancedLossOut(loss, sse, stats)
 
 
 # ---- gather ---------------------------------------------------------------------------------------------------------
-
-
-def batch_norm_relu(
-    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
-) -> Tensor:
-    """See ops.batch_norm_relu."""
-    return F.relu(F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps))
 
 
 def gather(
@@ -232,7 +281,44 @@ def gather(
     rows = rows.permute(0, 3, 1, 2)
     # Division in float32 and one rounding to dtype, as the extension does.
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return (rows.to(wide) / 255).to(dtype), rows
+    return _over_255(rows.to(wide)).to(dtype), rows
+
+
+# ---- batch norm with ReLU, residual blocks --------------------------------------------------------------------------
+
+
+def batch_norm_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running: Sequence[Tensor],
+    counters: Tensor,
+    momentum: float,
+    eps: float,
+    *,
+    offset: Tensor | None = None,
+    through: bool = False,
+) -> Any:
+    """relu(norm(x + offset)), with `through` x + offset too; `counters` stay. See layer_ops.batch_norm_relu."""
+    mean, var, gathered = running
+    gathered.lerp_(torch.ones_like(gathered), momentum)
+    if offset is not None:
+        x = (x + offset.view(-1, 1, 1)).to(x.dtype)
+    y = F.relu(F.batch_norm(x, mean, var, weight, bias, True, momentum, eps))
+    return (y, x) if through else y
+
+
+def add_biased(a: Tensor, b: Tensor, bias_a: Tensor, bias_b: Tensor, counters: Tensor) -> Tensor:
+    """a + b + bias_a + bias_b; `counters` stay as they are. See `bvae.models.layer_ops.add_biased`."""
+    return (a + b + (bias_a + bias_b).view(-1, 1, 1)).to(a.dtype)
+
+
+# ---- dense layers ---------------------------------------------------------------------------------------------------
+
+
+def linear_relu(x: Tensor, weight: Tensor, bias: Tensor, counters: Tensor) -> Tensor:
+    """relu(x weight^T + bias); `counters` stay as they are. See `bvae.models.layer_ops.linear_relu`."""
+    return F.relu(F.linear(x, weight, bias))
 
 
 # ---- Adam -----------------------------------------------------------------------------------------------------------
@@ -274,3 +360,37 @@ def adam(
             old.copy_(torch.where(good, new, old))
         if half is not None:
             half.copy_(torch.where(good, p, half))
+
+
+# ---- the beginning and the end of a step ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def copy_all(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+    """Copies each tensor of `source` into its fellow in `to`. See `bvae.ops.copy_all`."""
+    for copy, tensor in zip(to, source, strict=True):
+        copy.copy_(tensor)
+
+
+@torch.no_grad()
+def end_step(
+    good: Tensor,
+    parts: Tensor,
+    moments: Tensor | None,
+    sum_parts: Tensor,
+    sum_moments: Tensor,
+    counts: Tensor,
+    trouble: Tensor,
+    state: Sequence[Tensor],
+    kept: Sequence[Tensor],
+) -> None:
+    """Adds a good step's figures to their sums; of a bad one puts the state back. See `bvae.ops.end_step`."""
+    bad = ~good
+    # masked_fill, not where: a number given to where becomes a tensor on the host, which CUDA would wait for.
+    sum_parts += parts.masked_fill(bad, 0.0)
+    if moments is not None:
+        sum_moments += moments.masked_fill(bad, 0.0)
+    counts += torch.stack([good, bad])
+    trouble.add_(bad, alpha=1.25).sub_(0.25).clamp_(min=0)
+    for tensor, value in zip(state, kept, strict=True):
+        tensor.copy_(torch.where(good, tensor, value))

@@ -181,6 +181,10 @@ def find_folder(config: Config, options: RunOptions, world: World) -> tuple[Path
     begun = world.remembered() if world.first else None
     folder = options.resume or options.out or default_folder(config.preset)
     resume = options.resume is not None
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:  # safetensors opens no such file
+        raise UserError(f"{folder}: its name is not UTF-8: choose another folder") from None
     if begun is not None:  # torchrun has restarted what this job began, by the same command line
         folder = Path(begun)
         resume = exists(folder / LAST)
@@ -227,4 +231,4 @@ def train(argv: list[str], world: World) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "use a smaller --batch, or --amp")

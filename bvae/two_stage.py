@@ -2,9 +2,10 @@
 
 import importlib
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from bvae import ops
 from bvae.config import Config
 from bvae.errors import UserError
-from bvae.files import encode_json, write_atomically, writing
+from bvae.files import encode_json, exists, write_atomically, writing
 from bvae.metrics.latent import latent_variances, variance_law
+from bvae.models.half import widened
 from bvae.models.posterior import Posterior
 from bvae.models.vae import Network, first_stage, second_stage
+from bvae.run import hub
 from bvae.run.checkpoint import digest, encode_tensors, read_tensors
 from bvae.seeds import derive
 
@@ -25,12 +28,26 @@ WEIGHTS = "model.safetensors"
 CHUNK = 256  # images at a time: bounds memory
 VARIANCE_LOSS = 0.25  # the authors' threshold on the share of variance that the second stage loses
 
+Images = Tensor | np.ndarray
+Array = TypeVar("Array", Tensor, np.ndarray, Images)
+
+
+class Reconstruction(NamedTuple):
+    """Images [B,C,H,W] in [0,1] as the model gives them back, and the posterior they come from, each [B,k]."""
+
+    recon: Tensor
+    mu: Tensor
+    log_sigma: Tensor | None
+    """None where the code is deterministic"""
+
 
 class TwoStageVAE(nn.Module):
     """Stage 1 over images, stage 2 over stage 1's latents (None where it was not trained).
 
-    Images are float32 [B,C,H,W] in [0,1]; methods that take images take uint8 too. All methods run in eval mode,
-    without gradients, on the device of the parameters.
+    Images are float32 [B,C,H,W] in [0,1]. Methods that take images take tensors and NumPy arrays: floats in
+    [0,1] or uint8 of that shape, or uint8 [B,H,W,C]. All methods but `forward` run in eval mode, without
+    gradients, on the device of the parameters. After `.half()` or `.bfloat16()` the networks compute in that type and
+    latents, noise and images stay float32; after `.double()` they are float64, and the noise is float32 still.
     """
 
     latent_scale: Tensor
@@ -55,18 +72,44 @@ class TwoStageVAE(nn.Module):
         """Whether sampling rescales latents by default: the recipe asks for it and the second stage loses variance."""
         return self.config.rescale and bool(self.variance_loss > VARIANCE_LOSS)
 
-    def _images(self, images: Tensor) -> Tensor:
+    def _images(self, images: Images) -> Tensor:
+        """The networks' input, of their dtype. Raises ValueError or TypeError for what are no images of the model."""
         c = self.config
-        if images.ndim != 4 or tuple(images.shape[1:]) != c.image_shape:
-            raise ValueError(f"images must be [B,{','.join(map(str, c.image_shape))}], not {list(images.shape)}")
+        if isinstance(images, np.ndarray):
+            images = torch.from_numpy(np.require(images, images.dtype.newbyteorder("="), ("C", "W")))
+        elif not isinstance(images, Tensor):
+            raise TypeError(f"images must be a tensor or a NumPy array, not {type(images).__name__}")
+        shape = c.image_shape
+        if images.dtype == torch.uint8 and images.ndim == 4 and tuple(images.shape[1:]) == (*shape[1:], shape[0]):
+            images = images.permute(0, 3, 1, 2)
+        if images.ndim != 4 or tuple(images.shape[1:]) != shape:
+            raise ValueError(f"images must be [B,{','.join(map(str, shape))}], not {list(images.shape)}")
         if not (images.is_floating_point() or images.dtype == torch.uint8):
             raise ValueError(f"images must be floats in [0,1] or uint8, not {images.dtype}")
+        dtype = _dtype(self.stage1)
         x = images.to(self.device)
-        x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
-        return x.contiguous(memory_format=torch.channels_last)
+        x = x.to(torch.promote_types(dtype, torch.float32)) / 255 if x.dtype == torch.uint8 else x
+        return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+    def forward(self, images: Images) -> Reconstruction:
+        """A VAE's pass: images -> (recon, mu, log_sigma), with gradients, in the mode the module is in.
+
+        In training mode z = mu + sigma eps, with eps float32 from torch's global generator; in eval mode, and where
+        the code is deterministic, z = mu.
+        `recon` holds images in [0,1]: `BalancedLoss(logits=False)(recon, images, mu, log_sigma)` is the loss to train
+        with. All images go through in one batch.
+        """
+        mu, log_sigma = self.stage1.encode(self._images(images))
+        z = mu
+        if self.training and log_sigma is not None:
+            z = mu + log_sigma.exp() * torch.randn_like(mu, dtype=torch.float32)
+        return Reconstruction(self._decoded(z), mu, log_sigma)
+
+    def _decoded(self, z: Tensor) -> Tensor:
+        return torch.sigmoid(widened(self.stage1.decoder(z.to(_dtype(self.stage1)))))
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Posterior:
+    def encode(self, images: Images) -> Posterior:
         """(mu, log_sigma), each [B,k] float32; log_sigma is None where the code is deterministic."""
         self.eval()
         encoded = [self.stage1.encode(self._images(part)) for part in _split(images)]
@@ -80,11 +123,10 @@ class TwoStageVAE(nn.Module):
         k = self.config.latents
         if z.ndim != 2 or z.shape[1] != k:
             raise ValueError(f"z must be [B,{k}], not {list(z.shape)}")
-        z = z.to(self.device, torch.float32)
-        return torch.cat([torch.sigmoid(self.stage1.decoder(part)).contiguous() for part in _split(z)])
+        return torch.cat([self._decoded(part).contiguous() for part in _split(z.to(self.device))])
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor, *, sample: bool = False, seed: int = 0) -> Tensor:
+    def reconstruct(self, images: Images, *, sample: bool = False, seed: int = 0) -> Tensor:
         """Images through the model: decoding mu, or with `sample` a z drawn from the posterior."""
         posterior = self.encode(images)
         rng = ops.make_rng(derive(seed, "reconstruct"), self.device)
@@ -121,12 +163,12 @@ class TwoStageVAE(nn.Module):
         if stage == 2:
             if self.stage2 is None:
                 raise UserError("this model has no second stage (it was trained with --epochs2 0): sample with stage 1")
-            z = torch.cat([self.stage2.decoder(part) for part in _split(u)])
+            z = torch.cat([self.stage2.decoder(part.to(_dtype(self.stage2))) for part in _split(u)])
         scaled = self.rescales if rescale is None else rescale
         return z * self.latent_scale[stage - 1] if scaled else z
 
     def sample(self, n: int, stage: int = 2, seed: int = 0, rescale: bool | None = None) -> Tensor:
-        """n images [n,C,side,side] in [0,1]; see sample_latents."""
+        """n images [n,C,H,W] in [0,1]; see sample_latents."""
         return self.decode(self.sample_latents(n, stage, seed, rescale))
 
     @torch.no_grad()
@@ -141,7 +183,9 @@ class TwoStageVAE(nn.Module):
         if self.stage2 is None:
             raise ValueError("the latent rescale needs a second stage")
         self.eval()
-        z_hat = torch.cat([self.stage2.decoder(self.stage2.encoder(part)[0]) for part in _split(mu)]).double()
+        dtype = _dtype(self.stage2)
+        means = [self.stage2.encoder(part)[0] for part in _split(mu.to(dtype))]
+        z_hat = torch.cat([self.stage2.decoder(mean.to(dtype)) for mean in means]).double()
         mu = mu.double()
         var_mu, sigma2 = latent_variances(mu, log_sigma)
         lost = var_mu.mean() - z_hat.var(0, correction=0).mean()
@@ -166,12 +210,41 @@ class TwoStageVAE(nn.Module):
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
         write_atomically(folder / WEIGHTS, encode_tensors(tensors, {"format": "pt", "bvae_sha256": digest(tensors)}))
 
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, message: str = "Upload a bvae model") -> str:
+        """Uploads the files of save_pretrained to the Hub's model `user/name`; returns the address of the commit.
+
+        The repository is made where it does not exist, `private` or as the user's account has it. Who uploads is
+        decided by `hf auth login` or $HF_TOKEN. Raises UserError where the Hub does not take it.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return hub.upload(Path(folder), repo_id, private, message)
+
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, device: str | torch.device = "cpu", network: Network | None = None
+        cls,
+        name: str | Path,
+        device: str | torch.device = "cpu",
+        network: Network | None = None,
+        *,
+        revision: str | None = None,
     ) -> Self:
-        """The model that save_pretrained wrote; a finished run's folder will do. Raises UserError naming the file."""
-        folder = Path(folder)
+        """The model that save_pretrained or push_to_hub wrote. Nothing is unpickled.
+
+        Args:
+            name: a folder, a finished run's included; or where a string names no folder, a model `user/name` of the
+                Hugging Face Hub (needs `bvae[hub]`), which is downloaded into its cache.
+            network: the networks of a model that has its own.
+            revision: of a model on the Hub: a branch, tag or commit; its main branch by default.
+
+        Raises:
+            UserError: naming the file that is missing, damaged or does not fit, or telling why the Hub has no model.
+        """
+        folder = Path(name)
+        if isinstance(name, str) and hub.is_model_id(name) and not exists(folder):
+            folder = hub.download(name, (CONFIG, WEIGHTS), revision)
+        elif revision is not None:
+            raise UserError(f"{name}: a folder has no revision {revision!r}")
         model = cls(read_config(folder), network)
         model.load_weights(folder)
         return model.to(device).eval()
@@ -229,8 +302,13 @@ def read_run(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _split(batch: Tensor) -> Iterator[Tensor]:
-    return iter(batch.split(CHUNK) if len(batch) else (batch,))
+def _split(batch: Array) -> Iterator[Array]:
+    """Parts of at most CHUNK rows; of an empty batch itself."""
+    return (batch[first : first + CHUNK] for first in range(0, max(len(batch), 1), CHUNK))
+
+
+def _dtype(network: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in network.parameters())
 
 
 def __getattr__(name: str) -> Any:

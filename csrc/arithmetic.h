@@ -230,14 +230,21 @@ BVAE_HD double loss_coefficient(double g_loss, double g_sse, double gamma2, doub
   return g_loss / (gamma2 * batch) + 2.0 * g_sse;
 }
 
-// max(floor, min(gamma2, decay gamma2 + (1 - decay) mse)); a non-finite mse is refused. A gamma2 that is
-// NaN stays NaN: the floor would turn it into a huge weight of the reconstruction.
-BVAE_HD bool move_gamma2(float* gamma2, double mse, double decay, double floor) {
+// The gamma2 that a loss uses: 0 stands for one that has not started, and then it is the batch's own mse.
+BVAE_HD float gamma2_in_use(float gamma2, double mse, double floor) {
+  if (gamma2 != 0.0f) return gamma2;
+  return static_cast<float>(mse < floor ? floor : mse);
+}
+
+// max(floor, decay gamma2 + (1 - decay) mse), where `monotone` no larger than gamma2; from 0, which has not started,
+// max(floor, mse). A non-finite mse is refused. A gamma2 that is NaN stays NaN: the floor would turn it into a huge
+// weight of the reconstruction.
+BVAE_HD bool move_gamma2(float* gamma2, double mse, double decay, double floor, bool monotone) {
   if (!(mse - mse == 0.0)) return false;
   const double now = *gamma2;
-  const double mixed = decay * now + (1.0 - decay) * mse;
-  const double low = mixed < now ? mixed : now;
-  *gamma2 = static_cast<float>(low < floor ? floor : low);
+  double next = now == 0.0 ? mse : decay * now + (1.0 - decay) * mse;
+  if (monotone && now != 0.0 && !(next < now)) next = now;
+  *gamma2 = static_cast<float>(next < floor ? floor : next);
   return true;
 }
 
@@ -245,7 +252,7 @@ struct LossParts {
   double loss, nll, mse, kl_mean;
 };
 
-// loss = sse / (2 B gamma2) + kl_weight kl / B + D/2 log gamma2 + D/2 log 2 pi, from the gamma2 before this step.
+// loss = sse / (2 B gamma2) + kl_weight kl / B + D/2 log gamma2 + D/2 log 2 pi, with the gamma2 and weight in use.
 BVAE_HD LossParts loss_parts(double sse, double kl, double gamma2, double kl_weight, int64_t batch, int64_t numel,
                              int64_t per_sample) {
   const double constant = 0.5 * static_cast<double>(per_sample) * (log(gamma2) + 1.8378770664093454836);
@@ -255,6 +262,43 @@ BVAE_HD LossParts loss_parts(double sse, double kl, double gamma2, double kl_wei
   p.nll = (batch > 0 ? sse / (2.0 * static_cast<double>(batch) * gamma2) : 0.0) + constant;
   p.loss = p.nll + kl_weight * p.kl_mean;
   return p;
+}
+
+// What a loss reads beside the batch, and moves.
+struct LossState {
+  float* gamma2;
+  int64_t* skipped;
+  const float* weight;  // multiplies kl_weight, or null
+  double kl_weight, decay, floor;
+  bool update, monotone;
+};
+
+// The loss of a batch from its sums. Writes stats [4] and used [2], the gamma2 and weight that the gradient needs, and
+// then moves gamma2.
+BVAE_HD LossParts finish_loss(double sse, double kl, int64_t batch, int64_t numel, int64_t per_sample,
+                              const LossState& state, float* stats, float* used) {
+  const double mse = numel > 0 ? sse / static_cast<double>(numel) : 0.0;
+  float gamma2 = *state.gamma2;
+  used[0] = gamma2_in_use(gamma2, mse, state.floor);
+  used[1] = state.weight != nullptr ? *state.weight : 1.0f;
+  const LossParts parts = loss_parts(sse, kl, used[0], state.kl_weight * used[1], batch, numel, per_sample);
+  stats[0] = static_cast<float>(parts.mse);
+  stats[1] = static_cast<float>(parts.kl_mean);
+  stats[2] = used[0];
+  stats[3] = static_cast<float>(parts.nll);
+  if (state.update && numel > 0) {
+    if (move_gamma2(&gamma2, parts.mse, state.decay, state.floor, state.monotone)) {
+      *state.gamma2 = gamma2;
+    } else {
+      *state.skipped += 1;
+    }
+  }
+  return parts;
+}
+
+// d (g_loss * loss) / d kl.
+BVAE_HD double kl_coefficient(double g_loss, double kl_weight, double weight, int64_t batch) {
+  return batch > 0 ? g_loss * kl_weight * weight / static_cast<double>(batch) : 0.0;
 }
 
 // ---- sampling and KL -----------------------------------------------------------------------------------------------
@@ -282,6 +326,61 @@ BVAE_HD void latent_gradient(A mu, A log_sigma, A eps, A g_z, A g_kl, A* g_mu, A
   sigma_and_excess(log_sigma, &sigma, &quarter_excess);
   *g_mu = fused(g_kl, mu, g_z);
   *g_log_sigma = fused(g_z, sigma * eps, (A(4) * g_kl) * quarter_excess);
+}
+
+// ---- batch norm with ReLU ------------------------------------------------------------------------------------------
+
+// Mean and variance of a channel from the sums of x - origin and of its square over n pixels.
+struct ChannelMoments {
+  double mean, var;
+};
+
+BVAE_HD ChannelMoments channel_moments(double origin, double sum, double sum_of_squares, double n) {
+  const double offset = sum / n;
+  const double spread = sum_of_squares / n - offset * offset;
+  // Not max(0, spread), which would be 0 for a NaN: what is not finite must stay so.
+  return {origin + offset, spread < 0.0 ? 0.0 : spread};
+}
+
+BVAE_HD float inverse_deviation(double var, double eps) { return static_cast<float>(1.0 / sqrt(var + eps)); }
+
+// A running statistic after the batch's `next`.
+BVAE_HD float mixed(float now, double next, double momentum) {
+  return static_cast<float>((1.0 - momentum) * now + momentum * next);
+}
+
+BVAE_HD double unbiased(double var, double n) { return var * (n / (n - 1.0)); }
+
+// With d = x - mean and scale = weight / deviation.
+BVAE_HD float normalised(float d, float scale, float bias) { return d * scale + bias; }
+
+BVAE_HD float relu(float t) { return t < 0.0f ? 0.0f : t; }  // NaN stays
+
+// The gradient behind a ReLU that gave y. As PyTorch has it, a NaN lets it through.
+BVAE_HD float relu_gradient(float grad, float y) { return y <= 0.0f ? 0.0f : grad; }
+
+// The part of the gradient that the ReLU of a norm let through.
+BVAE_HD float passed_by_relu(float grad, float d, float scale, float bias) {
+  return normalised(d, scale, bias) > 0.0f ? grad : 0.0f;
+}
+
+// A channel's gradients from the sums of the gradient g that the ReLU let through and of g d:
+// grad_x = scale (g - mean(g) - xhat mean(g xhat)) = scale g - slope d - constant, with xhat = d / deviation.
+struct NormGradient {
+  float weight, bias, slope, constant;
+};
+
+BVAE_HD NormGradient norm_gradient(double sum, double sum_with_d, float scale, float invstd, double n) {
+  NormGradient out;
+  out.bias = static_cast<float>(sum);
+  out.weight = static_cast<float>(sum_with_d * invstd);
+  out.slope = static_cast<float>(scale * invstd * invstd * sum_with_d / n);
+  out.constant = static_cast<float>(scale * sum / n);
+  return out;
+}
+
+BVAE_HD float norm_gradient_of_x(float passed, float d, float scale, float slope, float constant) {
+  return scale * passed - slope * d - constant;
 }
 
 }  // namespace bvae

@@ -57,24 +57,10 @@ __global__ void __launch_bounds__(kThreads, kBounds<R>) loss_kernel(LossArgs arg
   const double sse = block_sum(mine);  // is_last_block has synchronised since the first use of its shared memory
   if (threadIdx.x != 0) return;
   constexpr bool is_double = sizeof(A) == 8;
-  const float used = *args.gamma2;
-  const LossParts parts = loss_parts(sse, load_scalar(args.kl, is_double), used, args.kl_weight, args.batch,
-                                     args.numel, args.per_sample);
+  const LossParts parts = finish_loss(sse, load_scalar(args.kl, is_double), args.batch, args.numel, args.per_sample,
+                                      args.state, args.stats, args.used);
   store_scalar(args.loss, is_double, parts.loss);
   store_scalar(args.sse, is_double, sse);
-  *args.gamma2_used = used;
-  args.stats[0] = static_cast<float>(parts.mse);
-  args.stats[1] = static_cast<float>(parts.kl_mean);
-  args.stats[2] = used;
-  args.stats[3] = static_cast<float>(parts.nll);
-  if (args.update && args.numel > 0) {
-    float gamma2 = used;
-    if (move_gamma2(&gamma2, parts.mse, args.decay, args.floor)) {
-      *args.gamma2 = gamma2;
-    } else {
-      *args.skipped += 1;
-    }
-  }
 }
 
 template <class R, class T, bool logits>
@@ -95,8 +81,10 @@ __global__ void __launch_bounds__(kThreads, kBounds<R>) loss_grad_kernel(LossGra
     const double g_loss = args.grad_loss != nullptr ? load_scalar(args.grad_loss, is_double) : 0.0;
     const double g_sse = args.grad_sse != nullptr ? load_scalar(args.grad_sse, is_double) : 0.0;
     const double batch = static_cast<double>(args.batch);
-    shared_coefficient = static_cast<A>(loss_coefficient(g_loss, g_sse, *args.gamma2_used, batch));
-    if (blockIdx.x == 0) store_scalar(args.grad_kl, is_double, args.batch > 0 ? g_loss * args.kl_weight / batch : 0.0);
+    shared_coefficient = static_cast<A>(loss_coefficient(g_loss, g_sse, args.used[0], batch));
+    if (blockIdx.x == 0) {
+      store_scalar(args.grad_kl, is_double, kl_coefficient(g_loss, args.kl_weight, args.used[1], args.batch));
+    }
   }
   __syncthreads();
   const A coefficient = shared_coefficient;
@@ -132,10 +120,12 @@ __global__ void __launch_bounds__(kThreads, kBounds<R>) loss_grad_kernel(LossGra
 }
 
 __global__ void update_gamma2_kernel(float* gamma2, int64_t* skipped, const void* sse, bool sse_is_double,
-                                     const void* count, bool count_is_double, double decay, double floor) {
+                                     const void* count, bool count_is_double, double decay, double floor,
+                                     bool monotone) {
   const double n = count_is_double ? *static_cast<const double*>(count)
                                    : static_cast<double>(*static_cast<const int64_t*>(count));
-  if (n != 0.0 && !move_gamma2(gamma2, load_scalar(sse, sse_is_double) / n, decay, floor)) *skipped += 1;
+  if (n == 0.0) return;
+  if (!move_gamma2(gamma2, load_scalar(sse, sse_is_double) / n, decay, floor, monotone)) *skipped += 1;
 }
 
 // Calls f.template operator()<R, T>() for the pair of element types; the pairs are those balanced_loss.cpp lets through.
@@ -217,10 +207,11 @@ int cuda_balanced_loss_backward(const LossGradArgs& args, Launch launch) {
 }
 
 int cuda_update_gamma2(float* gamma2, int64_t* skipped, const void* sse, bool sse_is_double, const void* count,
-                       bool count_is_double, double decay, double floor, Launch launch) {
+                       bool count_is_double, double decay, double floor, bool monotone, Launch launch) {
   BVAE_CUDA_TRY(cudaSetDevice(launch.device));
   update_gamma2_kernel<<<1, 1, 0, static_cast<cudaStream_t>(launch.stream)>>>(gamma2, skipped, sse, sse_is_double,
-                                                                              count, count_is_double, decay, floor);
+                                                                              count, count_is_double, decay, floor,
+                                                                              monotone);
   return static_cast<int>(cudaGetLastError());
 }
 

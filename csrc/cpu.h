@@ -26,9 +26,11 @@ struct CpuLoops {
   void (*sample)(DType type, Rows mu, Rows log_sigma, void* z, double* sums, int64_t k, RngState rng,
                  int64_t first_sample, int64_t begin, int64_t end);
 
-  // grad_z may be null (no gradient reaches z).
-  void (*sample_grad)(DType type, const void* grad_z, double grad_kl, Rows mu, Rows log_sigma, void* grad_mu,
-                      void* grad_log_sigma, int64_t k, RngState rng, int64_t first_sample, int64_t begin, int64_t end);
+  // grad_z and grad_kl may be null (no gradient reaches z or kl). grad_kl is one number of the arithmetic type, or where
+  // `per_latent` k of them.
+  void (*sample_grad)(DType type, const void* grad_z, const void* grad_kl, bool per_latent, Rows mu, Rows log_sigma,
+                      void* grad_mu, void* grad_log_sigma, int64_t k, RngState rng, int64_t first_sample, int64_t begin,
+                      int64_t end);
 
   // Rows [begin, end) of the raw words (as int64) or of the normals; the other pointer is null.
   void (*noise)(int64_t* words, float* normals, int64_t k, RngState rng, int64_t first_sample, int64_t begin,
@@ -49,10 +51,16 @@ struct CpuLoops {
   // Adds the sums of g and of g (x - mean) to sums [2, channels], where g is grad where t > 0, else 0.
   void (*gradient_moments)(DType type, const void* grad, const void* x, const float* mean, const float* scale,
                            const float* bias, double* sums, int64_t channels, int64_t begin, int64_t end);
-  // grad_x = scale g - slope (x - mean) - constant
+  // grad_x = scale g - slope (x - mean) - constant + more; `more` may be null.
   void (*scale_relu_grad)(DType type, const void* grad, const void* x, const float* mean, const float* scale,
-                          const float* bias, const float* slope, const float* constant, void* grad_x, int64_t channels,
-                          int64_t begin, int64_t end);
+                          const float* bias, const float* slope, const float* constant, const void* more, void* grad_x,
+                          int64_t channels, int64_t begin, int64_t end);
+  // out = a + b + bias; b may be null.
+  void (*add_biased)(DType type, const void* a, const void* b, const float* bias, void* out, int64_t channels,
+                     int64_t begin, int64_t end);
+
+  // out = the part of grad that a ReLU let through which gave y.
+  void (*relu_grad)(DType type, const void* grad, const void* y, void* out, int64_t begin, int64_t end);
 
   // The largest magnitude (see adam.h) of the elements [begin, end); 0 of none.
   int32_t (*largest_magnitude)(DType type, const void* data, int64_t begin, int64_t end);

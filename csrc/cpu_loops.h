@@ -273,9 +273,11 @@ void sample(DType type, Rows mu, Rows log_sigma, void* z, double* sums, int64_t 
 }
 
 template <class A>
-void sample_grad_range(DType type, const void* grad_z, A grad_kl, Rows mu, Rows log_sigma, void* grad_mu,
-                       void* grad_log_sigma, int64_t k, RngState rng, int64_t first_sample, int64_t begin,
-                       int64_t end) {
+void sample_grad_range(DType type, const void* grad_z, const void* grad_kl, bool per_latent, Rows mu, Rows log_sigma,
+                       void* grad_mu, void* grad_log_sigma, int64_t k, RngState rng, int64_t first_sample,
+                       int64_t begin, int64_t end) {
+  const A* const g_kl = static_cast<const A*>(grad_kl);
+  const A g_all = g_kl != nullptr && !per_latent ? *g_kl : A(0);
   Tile tile;
   alignas(64) float eps[kTile];
   alignas(64) A mu_buffer[kTile], log_sigma_buffer[kTile], g_buffer[kTile], g_mu_buffer[kTile], g_ls_buffer[kTile];
@@ -294,8 +296,15 @@ void sample_grad_range(DType type, const void* grad_z, A grad_kl, Rows mu, Rows 
       }
       A* __restrict g_mu = place<A>(type, grad_mu, at, g_mu_buffer);
       A* __restrict g_ls = place<A>(type, grad_log_sigma, at, g_ls_buffer);
-      for (int i = 0; i < n; ++i) {
-        latent_gradient<A>(m[i], l[i], static_cast<A>(eps[i]), g[i], grad_kl, &g_mu[i], &g_ls[i]);
+      if (per_latent) {
+        const A* __restrict g_each = g_kl + first;
+        for (int i = 0; i < n; ++i) {
+          latent_gradient<A>(m[i], l[i], static_cast<A>(eps[i]), g[i], g_each[i], &g_mu[i], &g_ls[i]);
+        }
+      } else {
+        for (int i = 0; i < n; ++i) {
+          latent_gradient<A>(m[i], l[i], static_cast<A>(eps[i]), g[i], g_all, &g_mu[i], &g_ls[i]);
+        }
       }
       store(type, grad_mu, at, n, g_mu);
       store(type, grad_log_sigma, at, n, g_ls);
@@ -303,15 +312,11 @@ void sample_grad_range(DType type, const void* grad_z, A grad_kl, Rows mu, Rows 
   }
 }
 
-void sample_grad(DType type, const void* grad_z, double grad_kl, Rows mu, Rows log_sigma, void* grad_mu,
-                 void* grad_log_sigma, int64_t k, RngState rng, int64_t first_sample, int64_t begin, int64_t end) {
-  if (type == DType::f64) {
-    sample_grad_range<double>(type, grad_z, grad_kl, mu, log_sigma, grad_mu, grad_log_sigma, k, rng, first_sample,
-                              begin, end);
-  } else {
-    sample_grad_range<float>(type, grad_z, static_cast<float>(grad_kl), mu, log_sigma, grad_mu, grad_log_sigma, k, rng,
-                             first_sample, begin, end);
-  }
+void sample_grad(DType type, const void* grad_z, const void* grad_kl, bool per_latent, Rows mu, Rows log_sigma,
+                 void* grad_mu, void* grad_log_sigma, int64_t k, RngState rng, int64_t first_sample, int64_t begin,
+                 int64_t end) {
+  const auto range = type == DType::f64 ? sample_grad_range<double> : sample_grad_range<float>;
+  range(type, grad_z, grad_kl, per_latent, mu, log_sigma, grad_mu, grad_log_sigma, k, rng, first_sample, begin, end);
 }
 
 // ---- gather --------------------------------------------------------------------------------------------------------
@@ -460,17 +465,11 @@ void scale_relu(DType type, const void* x, const float* mean, const float* scale
         const float* __restrict b = biases.values + c;
         float* __restrict out = place<float>(type, y, at, results);
         for (int i = 0; i < n; ++i) {
-          const float t = (v[i] - m[i]) * s[i] + b[i];
-          out[i] = t < 0.0f ? 0.0f : t;  // NaN stays
+          out[i] = relu(normalised(v[i] - m[i], s[i], b[i]));
         }
         store(type, y, at, n, out);
       },
       [](int64_t, int) {});
-}
-
-// The part of the gradient that the ReLU let through: where scale (x - mean) + bias, with d = x - mean, is positive.
-BVAE_HD float passed_by_relu(float grad, float d, float scale, float bias) {
-  return d * scale + bias > 0.0f ? grad : 0.0f;
 }
 
 void gradient_moments(DType type, const void* grad, const void* x, const float* mean, const float* scale,
@@ -499,9 +498,9 @@ void gradient_moments(DType type, const void* grad, const void* x, const float* 
 }
 
 void scale_relu_grad(DType type, const void* grad, const void* x, const float* mean, const float* scale,
-                     const float* bias, const float* slope, const float* constant, void* grad_x, int64_t channels,
-                     int64_t begin, int64_t end) {
-  alignas(64) float buffer[kWide], grads[kWide], results[kWide];
+                     const float* bias, const float* slope, const float* constant, const void* more, void* grad_x,
+                     int64_t channels, int64_t begin, int64_t end) {
+  alignas(64) float buffer[kWide], grads[kWide], results[kWide], added[kWide];
   const PerChannel means(mean, channels), scales(scale, channels), biases(bias, channels), slopes(slope, channels),
       constants(constant, channels);
   by_channels(
@@ -517,12 +516,48 @@ void scale_relu_grad(DType type, const void* grad, const void* x, const float* m
         float* __restrict out = place<float>(type, grad_x, at, results);
         for (int i = 0; i < n; ++i) {
           const float d = v[i] - m[i];
-          const float passed = passed_by_relu(g[i], d, s[i], b[i]);
-          out[i] = s[i] * passed - k[i] * d - o[i];
+          out[i] = norm_gradient_of_x(passed_by_relu(g[i], d, s[i], b[i]), d, s[i], k[i], o[i]);
+        }
+        if (more != nullptr) {
+          const float* __restrict a = load<float>(type, more, at, n, added);
+          for (int i = 0; i < n; ++i) out[i] += a[i];
         }
         store(type, grad_x, at, n, out);
       },
       [](int64_t, int) {});
+}
+
+void add_biased(DType type, const void* a, const void* b, const float* bias, void* out, int64_t channels,
+                int64_t begin, int64_t end) {
+  alignas(64) float first[kWide], second[kWide], results[kWide];
+  const PerChannel biases(bias, channels);
+  by_channels(
+      channels, begin, end,
+      [&](int64_t at, int64_t c, int n) {
+        const float* __restrict v = load<float>(type, a, at, n, first);
+        const float* __restrict o = biases.values + c;
+        float* __restrict to = place<float>(type, out, at, results);
+        if (b != nullptr) {
+          const float* __restrict w = load<float>(type, b, at, n, second);
+          for (int i = 0; i < n; ++i) to[i] = v[i] + w[i] + o[i];
+        } else {
+          for (int i = 0; i < n; ++i) to[i] = v[i] + o[i];
+        }
+        store(type, out, at, n, to);
+      },
+      [](int64_t, int) {});
+}
+
+void relu_grad(DType type, const void* grad, const void* y, void* out, int64_t begin, int64_t end) {
+  alignas(64) float grads[kBlock], values[kBlock], results[kBlock];
+  for (int64_t b = begin; b < end; b += kBlock) {
+    const int n = static_cast<int>(end - b < kBlock ? end - b : kBlock);
+    const float* __restrict g = load<float>(type, grad, b, n, grads);
+    const float* __restrict v = load<float>(type, y, b, n, values);
+    float* __restrict to = place<float>(type, out, b, results);
+    for (int i = 0; i < n; ++i) to[i] = relu_gradient(g[i], v[i]);
+    store(type, out, b, n, to);
+  }
 }
 
 // ---- Adam ----------------------------------------------------------------------------------------------------------
@@ -563,4 +598,5 @@ void adam(AdamFactors factors, AdamCorrections corrections, DType type, const vo
 
 #define BVAE_CPU_LOOPS(table) \
   extern const ::bvae::CpuLoops table = {BVAE_CPU_NAME, sse, sse_grad, sample, sample_grad, noise, gather, \
-                                           widen, moments, scale_relu, gradient_moments, scale_relu_grad, largest_magnitude, adam}
+                                           widen, moments, scale_relu, gradient_moments, scale_relu_grad, add_biased, \
+                                           relu_grad, largest_magnitude, adam}

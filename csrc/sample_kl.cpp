@@ -127,7 +127,8 @@ std::tuple<Tensor, Tensor> sample_kl_backward(const std::optional<Tensor>& grad_
   check_rng(state);
   const DType type = dtype_of(mu, "mu");
   const Shape s = check_inputs(mu, log_sigma, state);
-  std::optional<Tensor> g_z;
+  std::optional<Tensor> g_z, g_kl;
+  bool per_latent = false;
   if (grad_z.has_value()) {
     STD_TORCH_CHECK(same_sizes(*grad_z, mu) && grad_z->scalar_type() == mu.scalar_type(),
                     "bvae: the gradient of z must have z's shape and dtype");
@@ -135,8 +136,11 @@ std::tuple<Tensor, Tensor> sample_kl_backward(const std::optional<Tensor>& grad_
     g_z = as_contiguous(*grad_z);
   }
   if (grad_kl.has_value()) {
-    check_scalar(*grad_kl, sum_type(type), "the gradient of kl");
+    per_latent = grad_kl->dim() == 1;
+    STD_TORCH_CHECK(grad_kl->scalar_type() == sum_type(type) && grad_kl->numel() == (per_latent ? s.k : 1),
+                    "bvae: the gradient of kl must be one number or [k], of the type of the sums");
     check_same_device(mu, *grad_kl, "mu", "the gradient of kl");
+    g_kl = as_contiguous(*grad_kl);
   }
   Tensor grad_mu = empty(mu, sizes_of(mu), mu.scalar_type());
   Tensor grad_log_sigma = empty(mu, sizes_of(mu), mu.scalar_type());
@@ -146,17 +150,17 @@ std::tuple<Tensor, Tensor> sample_kl_backward(const std::optional<Tensor>& grad_
   void* g_l = grad_log_sigma.mutable_data_ptr();
   if (runs_on_cpu(mu)) {
     const RngState noise = state_of(state);
-    const double g_kl = grad_kl.has_value() ? scalar_value(*grad_kl) : 0.0;
     const void* g = optional_data(g_z);
     for_row_ranges(s, [&](int64_t, int64_t begin, int64_t end) {
-      cpu_loops().sample_grad(type, g, g_kl, m, l, g_m, g_l, s.k, noise, first_sample, begin, end);
+      cpu_loops().sample_grad(type, g, optional_data(g_kl), per_latent, m, l, g_m, g_l, s.k, noise, first_sample, begin,
+                              end);
     });
   } else {
     on_cuda(mu, [&]([[maybe_unused]] Launch launch) {
 #ifdef BVAE_WITH_CUDA
-      return cuda_sample_kl_backward({type, optional_data(g_z), optional_data(grad_kl), m, l,
+      return cuda_sample_kl_backward({type, optional_data(g_z), optional_data(g_kl), m, l,
                                       static_cast<const int64_t*>(state.const_data_ptr()), g_m, g_l, s.batch, s.k,
-                                      first_sample},
+                                      first_sample, per_latent},
                                      launch);
 #endif
     });

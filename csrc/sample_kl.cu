@@ -237,9 +237,10 @@ __global__ void __launch_bounds__(kThreads, kForward<T, vector>) sample_kernel(S
   if (args.advance) args.rng[1] = rng.offset + 1;
 }
 
-template <class T, bool vector>
-__global__ void __launch_bounds__(kThreads, kBounds<T>) sample_grad_kernel(SampleGradArgs args, Grid grid,
-                                                                               Steps by) {
+// per_latent: the gradient of kl has k elements. A parameter of the template, because four numbers take more registers
+// than one.
+template <class T, bool vector, bool per_latent>
+__global__ void __launch_bounds__(kThreads, kBounds<T>) sample_grad_kernel(SampleGradArgs args, Grid grid, Steps by) {
   using A = typename Arithmetic<T>::type;
   const int x = threadIdx.x % kQuadsX, y = threadIdx.x / kQuadsX;
   const int64_t quad = static_cast<int64_t>(blockIdx.x) * kQuadsX + x;
@@ -248,7 +249,15 @@ __global__ void __launch_bounds__(kThreads, kBounds<T>) sample_grad_kernel(Sampl
   const int64_t first = 4 * quad;
   const int n = k - first < 4 ? static_cast<int>(k - first) : 4;
   const RngState rng{args.state[0], args.state[1]};
-  const A g_kl = args.grad_kl != nullptr ? *static_cast<const A*>(args.grad_kl) : A(0);
+  A g_kl[per_latent ? 4 : 1] = {};
+  if constexpr (per_latent) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (j < n) g_kl[j] = static_cast<const A*>(args.grad_kl)[first + j];
+    }
+  } else {
+    if (args.grad_kl != nullptr) g_kl[0] = *static_cast<const A*>(args.grad_kl);
+  }
   const int64_t row = static_cast<int64_t>(blockIdx.y) * kRowsY + y;
   int left = grid.rows + (row < grid.longer);
   if (left == 0) return;
@@ -281,8 +290,8 @@ __global__ void __launch_bounds__(kThreads, kBounds<T>) sample_grad_kernel(Sampl
       A g_mu[4], g_log_sigma[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        latent_gradient<A>(mu[r][j], log_sigma[r][j], static_cast<A>(eps.n[j]), g_z[r][j], g_kl, &g_mu[j],
-                           &g_log_sigma[j]);
+        latent_gradient<A>(mu[r][j], log_sigma[r][j], static_cast<A>(eps.n[j]), g_z[r][j], g_kl[per_latent ? j : 0],
+                           &g_mu[j], &g_log_sigma[j]);
       }
       store_quad<vector>(g_mu_at, n, g_mu);
       store_quad<vector>(g_log_sigma_at, n, g_log_sigma);
@@ -374,12 +383,17 @@ int cuda_sample_kl_backward(const SampleGradArgs& args, Launch launch) {
   const Grid g = grid_for(args.batch, args.k, launch, kResident);
   return with_type(args.type, [&]<class T>() {
     const Steps by(g, args.mu.stride, args.log_sigma.stride, args.k, sizeof(T));
-    if (quads_aligned<T>(args.mu, args.log_sigma, args.grad_z, args.grad_mu, args.grad_log_sigma, args.k)) {
-      sample_grad_kernel<T, true><<<dims(g), kThreads, 0, stream>>>(args, g, by);
-    } else {
-      sample_grad_kernel<T, false><<<dims(g), kThreads, 0, stream>>>(args, g, by);
-    }
-    return static_cast<int>(cudaGetLastError());
+    const auto run = [&]<bool vector>() {
+      if (args.per_latent) {
+        sample_grad_kernel<T, vector, true><<<dims(g), kThreads, 0, stream>>>(args, g, by);
+      } else {
+        sample_grad_kernel<T, vector, false><<<dims(g), kThreads, 0, stream>>>(args, g, by);
+      }
+      return static_cast<int>(cudaGetLastError());
+    };
+    const bool vector =
+        quads_aligned<T>(args.mu, args.log_sigma, args.grad_z, args.grad_mu, args.grad_log_sigma, args.k);
+    return vector ? run.template operator()<true>() : run.template operator()<false>();
   });
 }
 

@@ -1,22 +1,49 @@
-"""Devices to test on, and the skip of GPU tests where there is none."""
+"""Devices to test on, the skip of GPU tests where there is none, and the order and threads of tests side by side."""
 
 import os
+import signal
+from pathlib import Path
 
 # For the tests that turn on deterministic algorithms: cuBLAS reads it once, before its first product.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# pytest-xdist starts a process per core: one thread each, here and in the processes that tests start. Inductor's pool
+# of compilers would be a second set of such processes.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+# A shell ignores SIGINT in what it starts in the background, and processes inherit that: the tests of interrupts would
+# wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
 
 NO_GPU = "no CUDA device on this machine"
+# A process takes whole files (their tests share runs), in this order: the longest come first, so that all end together.
+LONGEST = (
+    "test_cuda_emulation.py",
+    "test_step_compile.py",
+)
 
 
 def pytest_collection_modifyitems(items):
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(Path(item.fspath).name, len(rank)))
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def two_threads_for_the_ops(request):
+    """Their loops divide the work between threads; all other tests are content with what the process has."""
+    before = torch.get_num_threads()
+    if Path(request.fspath).name.startswith("test_ops"):
+        torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

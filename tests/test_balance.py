@@ -1,9 +1,12 @@
 import copy
+import functools
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -11,9 +14,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from bvae import ops
-from bvae.balance import BalancedLoss, FixedGammaLoss, LearnedGammaLoss, make_loss
+from bvae.balance import BALANCES, BalancedLoss, FixedGammaLoss, LearnedGammaLoss, make_loss
 
 
 def batch(shape=(6, 3, 8, 8), latents=(5,), dtype=torch.float32, uint8=False, seed=0):
@@ -223,6 +227,74 @@ def test_gamma2_has_a_floor():
     assert loss.loss.isfinite()
 
 
+def test_gamma2_may_grow_where_it_is_not_monotone():
+    ours = with_gamma2(BalancedLoss(logits=False, monotone=False), 0.01)
+    recon, target, mu, log_sigma = batch((4, 10))
+    mse = ours(recon + 5, target, mu, log_sigma).mse.item()
+    close(ours.gamma2, 0.99 * 0.01 + 0.01 * mse, rtol=1e-6)
+    assert ours.gamma2.item() > 0.2
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_gamma2_may_start_from_the_first_batch(accumulate):
+    inputs = batch((4, 10))
+    ours = BalancedLoss(logits=False, start="first-batch", accumulate=accumulate)
+    assert ours.current_gamma2().item() == 0
+    scaled = [100 * t.detach() for t in inputs[:2]]
+    recon = scaled[0].requires_grad_()
+    loss = ours(recon, scaled[1], *inputs[2:])
+    mse = formula(recon, scaled[1], *inputs[2:], 1.0, logits=False)[3].item()
+    assert mse > 5000
+    close(loss.gamma2, mse)
+    close(loss.loss, formula(recon, scaled[1], *inputs[2:], mse, logits=False)[0])
+    loss.loss.backward()
+    close(recon.grad, (recon - scaled[1]) / (4 * mse), rtol=1e-5)
+    ours.step()
+    close(ours.gamma2, mse)
+    later = ours(recon * 0.5, scaled[1], *inputs[2:])
+    close(later.gamma2, mse)
+    ours.step()
+    close(ours.gamma2, moved(mse, later.mse.item()))
+
+
+def test_a_first_batch_that_is_not_finite_starts_nothing():
+    ours = BalancedLoss(start="first-batch")
+    recon, *rest = batch()
+    ours(recon * math.nan, *rest)
+    assert ours.gamma2.item() == 0 and ours.skipped.item() == 1
+    loss = ours(recon, *rest)
+    close(loss.gamma2, loss.mse)
+
+
+@pytest.mark.parametrize("start", ["first", 0.0, -1.0, math.nan, math.inf])
+def test_bad_starts_are_refused(start):
+    with pytest.raises(ValueError, match="start must be 'first-batch' or a number"):
+        BalancedLoss(start=start)
+
+
+def test_small_batches_are_told_of_the_bias_once():
+    def said(loss, size=4):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                loss(*batch((size, 10)))
+            loss.eval()(*batch((size, 10)))
+        return ["monotone=False" in str(w.message) for w in caught]
+
+    assert said(BalancedLoss()) == [True]
+    assert said(BalancedLoss(), 32) == []
+    assert said(BalancedLoss(monotone=False)) == said(BalancedLoss(accumulate=True)) == []
+
+
+def test_manual_moves_by_follow_alone():
+    ours = BalancedLoss(manual=True)
+    loss = ours(*batch())
+    ours.step()
+    assert ours.gamma2.item() == 1
+    ours.follow(loss.mse, loss.kl)
+    close(ours.gamma2, moved(1.0, loss.mse.item()), rtol=1e-6)
+
+
 @pytest.mark.parametrize("how", ["eval", "no_grad", "inference_mode"])
 def test_nothing_moves_outside_training(how):
     ours = with_gamma2(BalancedLoss(accumulate=False), 0.5)
@@ -348,6 +420,116 @@ def test_casting_the_model_keeps_the_state_exact(cast, kind):
         assert loss.gamma2.item() < before["gamma2"].item()
 
 
+@pytest.mark.parametrize("kind", ["computed", "learned", "fixed"])
+@pytest.mark.parametrize("way", ["assign", "past the module"])
+def test_the_state_is_float32_by_whatever_way_it_is_set(kind, way):
+    loss = make_loss(kind, gamma=0.5 if kind == "fixed" else None)
+    half = {name: t.half() if t.is_floating_point() else t for name, t in loss.state_dict().items()}
+    if way == "assign":
+        loss.load_state_dict(half, assign=True)
+    else:  # as loaders that save memory do
+        for name, t in half.items():
+            if name in loss._buffers:
+                loss._buffers[name] = t
+            elif name in loss._parameters:
+                loss._parameters[name] = nn.Parameter(t)
+    assert loss.state_dict()["gamma2"].dtype == torch.float32
+    want = make_loss(kind, gamma=0.5 if kind == "fixed" else None)
+    close(loss(*batch()).loss, want(*batch()).loss)
+    close(loss.current_gamma2(), want.current_gamma2())
+    assert all(t.dtype == want.state_dict()[name].dtype for name, t in loss.state_dict().items())
+
+
+def test_a_state_of_the_first_versions_is_taken():
+    ours = BalancedLoss(accumulate=True)
+    old = {"gamma2": torch.tensor(0.25), "skipped": torch.tensor(3), "pending": torch.tensor([12.0, 60.0]).double()}
+    ours.load_state_dict(old)
+    assert ours.skipped.item() == 3
+    ours.step()
+    close(ours.gamma2, moved(0.25, 0.2), rtol=1e-6)
+    with pytest.raises(RuntimeError, match=r'Missing key.*"pending"'):
+        ours.load_state_dict({"gamma2": old["gamma2"], "skipped": old["skipped"]})
+
+
+@pytest.mark.parametrize(
+    ("make", "gamma2"),
+    [
+        (BalancedLoss, 1.0), (lambda: BalancedLoss(start=7.0), 7.0), (LearnedGammaLoss, 1.0),
+        (lambda: FixedGammaLoss(gamma=0.1), 0.01),
+    ],
+)  # fmt: skip
+def test_reset_parameters_after_the_meta_device(make, gamma2):
+    with torch.device("meta"):
+        loss = make()
+    loss.to_empty(device="cpu")
+    for t in [*loss.parameters(), *loss.buffers(), *([loss.sums] if hasattr(loss, "sums") else [])]:
+        t.data.fill_(77)
+    loss.reset_parameters()
+    assert loss.skipped.item() == 0
+    close(loss.current_gamma2(), gamma2)
+    fresh = make()
+    close(loss(*batch()).loss, fresh(*batch()).loss)
+    close(loss.current_gamma2(), fresh.current_gamma2())
+
+
+@pytest.mark.parametrize("mse", [0.0, 0.25])
+@pytest.mark.parametrize("kwargs", [{}, {"accumulate": True}, {"start": "first-batch", "monotone": False}])
+def test_activation_checkpointing_moves_once_and_keeps_the_gradient(mse, kwargs):
+    found = {}
+    for how in ("plain", "reentrant", "non-reentrant", "nested"):
+        ours = BalancedLoss(logits=False, **kwargs)
+        recon = torch.full((4, 12), 1 - math.sqrt(mse) + 1e-3, requires_grad=True)
+        mu = torch.zeros(4, 2, requires_grad=True)
+
+        def run(recon, mu, ours=ours):
+            return ours(recon, torch.ones(4, 12), mu, torch.zeros(4, 2)).loss
+
+        for _ in range(2):
+            if how == "plain":
+                loss = run(recon, mu)
+            elif how == "nested":
+                inner = functools.partial(checkpoint, run, use_reentrant=False)
+                loss = checkpoint(inner, recon, mu, use_reentrant=False)
+            else:
+                loss = checkpoint(run, recon, mu, use_reentrant=how == "reentrant")
+            loss.backward()
+        ours.step()
+        found[how] = torch.stack([ours.gamma2, recon.grad[0, 0], mu.grad[0, 0], ours.sums.sum().float()])
+    for how, tensors in found.items():
+        close(tensors, found["plain"], rtol=1e-6), how
+
+
+def test_torch_func_transforms_it_in_eval_mode_and_is_told_of_in_training():
+    recon, target, mu, log_sigma = (t.detach() for t in batch((4, 10)))
+    ours = with_gamma2(BalancedLoss(), 0.3)
+
+    def loss(r, t=target, m=mu, s=log_sigma):
+        return ours(r, t, m, s).loss
+
+    with pytest.raises(RuntimeError, match=r"call eval\(\) on the loss"):
+        torch.func.grad(loss)(recon)
+    ours.eval()
+    leaf = recon.clone().requires_grad_()
+    loss(leaf).backward()
+    close(torch.func.grad(loss)(recon), leaf.grad, rtol=1e-4)
+    close(torch.func.jacrev(loss)(recon), leaf.grad, rtol=1e-4)
+    each = torch.vmap(lambda r, t, m, s: loss(r[None], t[None], m[None], s[None]))(recon, target, mu, log_sigma)
+    for i, value in enumerate(each):
+        close(value, formula(recon[i : i + 1], target[i : i + 1], mu[i : i + 1], log_sigma[i : i + 1], 0.3)[0])
+    per_sample = torch.vmap(torch.func.grad(lambda r, t, m, s: loss(r[None], t[None], m[None], s[None])))
+    close(per_sample(recon, target, mu, log_sigma), 4 * leaf.grad, rtol=1e-4)
+
+
+def test_errors_name_no_path_of_the_machine():
+    with pytest.raises(RuntimeError) as caught:
+        ops.balanced_loss(
+            torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(()), torch.ones(()), torch.zeros((), dtype=torch.int64),
+            logits=True, update=False,
+        )  # fmt: skip
+    assert "one shape" in str(caught.value)
+    assert not re.search(r"(?<![\w.])/\w", str(caught.value)), caught.value
+
+
 # ---- the other balances ---------------------------------------------------------------------------------------------
 
 
@@ -407,6 +589,19 @@ def test_learned_gamma_converges_to_the_mse():
     close(loss.gamma2, loss.mse, rtol=1e-3)
 
 
+def test_learned_gamma_has_a_floor():
+    ours = LearnedGammaLoss(logits=False)
+    optimizer = torch.optim.Adam(ours.parameters(), lr=1.0)
+    x = torch.rand(8, 10)
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = ours(x, x, kl=torch.zeros(()))
+        loss.loss.backward()
+        optimizer.step()
+    close(loss.gamma2, 1e-8, rtol=1e-4)
+    close(ours.current_gamma2(), 1e-8, rtol=1e-4)
+
+
 def test_learned_gamma_does_not_move_by_itself():
     ours = LearnedGammaLoss()
     ours(*batch())
@@ -460,6 +655,39 @@ def test_misuse_is_told(changes, text):
 def test_bad_kl_weights_are_refused(kl_weight):
     with pytest.raises(ValueError, match="kl_weight must be 'auto' or a number"):
         BalancedLoss(kl_weight=kl_weight)
+    ours = BalancedLoss(kl_weight=2.0)
+    with pytest.raises(ValueError, match="kl_weight must be 'auto' or a number"):
+        ours.kl_weight = kl_weight
+    assert ours.kl_weight == 2.0
+
+
+@pytest.mark.parametrize("kind", ["computed", "learned", "fixed"])
+def test_kl_weight_may_change_and_recompiles_once(kind):
+    loss = make_loss(kind, kl_weight=0.1, gamma=0.5 if kind == "fixed" else None)
+    compiled = 0
+
+    def count(graph, inputs):
+        nonlocal compiled
+        compiled += 1
+        return graph
+
+    torch._dynamo.reset()
+    recon, target, mu, log_sigma = (t.detach() for t in batch((4, 10)))
+    run = torch.compile(lambda m: loss(recon, target, m, log_sigma), backend=count, fullgraph=True)
+    for i, weight in enumerate([0.1, *torch.linspace(0.2, 1, 12).tolist(), 0.0]):
+        if i:
+            loss.kl_weight = weight
+        m = mu.clone().requires_grad_()
+        gamma2 = loss.current_gamma2().item()
+        out = run(m)
+        out.loss.backward()
+        close(out.loss, formula(recon, target, mu, log_sigma, gamma2, weight)[0])
+        close(torch.as_tensor(out.weight), weight, rtol=1e-6)
+        close(m.grad, weight * mu / 4)
+    assert compiled <= 2
+    loss.kl_weight = "auto"
+    with pytest.raises(ValueError, match="square images"):
+        loss(recon, target, mu, log_sigma)
 
 
 @pytest.mark.parametrize(
@@ -577,8 +805,64 @@ def worker(rank, folder):
     part = global_batch()[rank * GLOBAL // 2 : (rank + 1) * GLOBAL // 2]
     results = {name: train_tiny(part, **case) for name, case in CASES.items()}
     results["poisoned"] = train_tiny(part, lr=0.0, poison=2 if rank == 1 else None)
+    results["micro-batches inside ddp"] = accumulate_inside_ddp(rank)
+    alone = [dist.new_group([r]) for r in range(2)][rank]
+    results["a group of its own"] = own_group(part, alone)
+    results["rules"] = {name: rules_on(part, name) for name in BALANCES}
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
+
+
+class WithLoss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(12, 12)
+        self.loss = BalancedLoss(logits=False, accumulate=True)
+
+    def forward(self, x, scale):
+        return self.loss(0 * self.net(x), torch.full_like(x, scale), kl=torch.zeros(())).loss
+
+
+def accumulate_inside_ddp(rank):
+    """Two micro-batches of mse .01 on rank 0, of .25 on rank 1, without no_sync: DDP broadcasts buffers in between."""
+    model = WithLoss()
+    wrapped = DistributedDataParallel(model)
+    for _ in range(2):
+        wrapped(torch.rand(4, 12), (0.1, 0.5)[rank]).backward()
+    model.loss.step()
+    return model.loss.gamma2.clone()
+
+
+def own_group(x, group):
+    loss = BalancedLoss(logits=False, process_group=group)
+    loss(0 * x, x, kl=torch.zeros(()))
+    return torch.stack([loss.gamma2, x.square().mean()])
+
+
+def rules_on(x, name):
+    """Three steps of a rule on this rank's part of the batch: its loss and gradients (their mean) and its state."""
+    torch.manual_seed(0)
+    model = TinyVAE()
+    entry = BALANCES[name]
+    loss = entry.build(gamma=0.5 if name == "fixed" else None, total_steps=6)
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.01)
+    history = []
+    for _ in range(3):
+        recon, mu, log_sigma = model(x)
+        out = loss(recon, x, mu, log_sigma)
+        optimizer.zero_grad()
+        out.loss.backward()
+        figures = [out.loss.detach(), out.kl, out.mse, *(p.grad for p in (*model.parameters(), *loss.parameters()))]
+        figures = torch.cat([t.reshape(-1) for t in figures])
+        if dist.is_initialized():
+            for p in (*model.parameters(), *loss.parameters()):
+                dist.all_reduce(p.grad)
+                p.grad /= 2
+            dist.all_reduce(figures)
+            figures /= 2
+        optimizer.step()
+        history.append(torch.cat([figures, *(t.reshape(-1).float() for t in loss.state_dict().values())]))
+    return torch.stack(history)
 
 
 def global_batch():
@@ -611,6 +895,28 @@ def test_one_poisoned_rank_leaves_gamma2_on_all(two_ranks):
         gamma2, skipped = results["poisoned"][:, 0], results["poisoned"][:, 1]
         assert gamma2[2] == gamma2[1] > gamma2[3]
         assert skipped.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+def test_micro_batches_inside_ddp_keep_the_sums_of_each_rank(two_ranks):
+    for results in two_ranks:
+        close(results["micro-batches inside ddp"], moved(1.0, (0.01 + 0.25) / 2), rtol=1e-6)
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+def test_a_process_group_of_one_rank_follows_that_rank(two_ranks):
+    for results in two_ranks:
+        gamma2, mse = results["a group of its own"].tolist()
+        assert gamma2 == pytest.approx(moved(1.0, mse), rel=1e-6)
+    assert two_ranks[0]["a group of its own"][0] != two_ranks[1]["a group of its own"][0]
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.parametrize("name", list(BALANCES))
+def test_every_rule_on_two_ranks_is_that_of_one(two_ranks, name):
+    alone = rules_on(global_batch(), name)
+    for rank in (0, 1):
+        close(two_ranks[rank]["rules"][name], alone, rtol=2e-5, atol=1e-6)
 
 
 # ---- without the extension ------------------------------------------------------------------------------------------

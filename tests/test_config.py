@@ -160,9 +160,10 @@ def test_an_edited_file_is_refused_by_name(key, value):
 # ---- what defines a run ---------------------------------------------------------------------------------------------
 
 FREE = {
-    "data", "epochs", "epochs2", "max_steps", "device", "graph", "compile", "stream", "eval_every", "eval_images",
+    "data", "partition", "split",
+    "epochs", "epochs2", "max_steps", "device", "graph", "compile", "stream", "eval_every", "eval_images",
     "log_every", "checkpoint_seconds",
-    "logger", "fid_every", "fid_num", "fid_protocol", "inception", "allow_few",
+    "logger", "prior", "threads", "fid_every", "fid_num", "fid_protocol", "inception", "allow_few",
 }  # fmt: skip
 
 

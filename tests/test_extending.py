@@ -9,6 +9,8 @@ import torch
 import bvae
 from bvae.config.registry import balances, families, networks
 from bvae.errors import UserError
+from bvae.models import priors
+from bvae.run.checkpoint import load_checkpoint
 
 PAGE = (Path(__file__).parent.parent / "docs/extending.md").read_text()
 SHORT = {"epochs": 2, "epochs2": 1, "batch": 40, "hidden": 8, "latents": 3, "lr": 1e-3, "bn_batches": 3}
@@ -25,6 +27,7 @@ def examples():
     networks.remove("pyramid")
     balances.remove("median")
     families.remove("sparse")
+    del priors._ADDED["scaled"]
 
 
 def test_the_network_trains_with_its_setting(examples, tmp_path):
@@ -61,6 +64,16 @@ def test_the_family_trains_with_its_setting(examples, tmp_path):
     assert sparse.records[-1]["code_norm1"] < 0.8 * plain.records[-1]["code_norm1"]
     assert sparse.config.options == {"code_l1": 100.0}
     assert "kl" not in sparse.results["stage1"]
+
+
+def test_the_prior_is_fitted_saved_and_sampled(examples, tmp_path):
+    images = examples["dataset"]["load_stripes"]()
+    sizes = {"scales": 2, "base": 2, "fc": 4}
+    run = bvae.fit(images, prior=("scaled",), out=tmp_path / "run", **SHORT, **sizes)
+    again = bvae.Run(run.folder)
+    assert torch.equal(again.sample_prior("scaled", 3), run.sample_prior("scaled", 5)[:3])
+    _, description = load_checkpoint(run.folder / "priors/scaled.safetensors")
+    assert description["figures"]["s"] == pytest.approx(1, abs=0.1), "whitened"
 
 
 def test_the_data_set_has_its_own_digest(examples):

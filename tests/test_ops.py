@@ -11,6 +11,7 @@ import pytest
 import torch
 from ops_samples import DTYPES, TOLERANCE, loss_samples, posterior_samples
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bvae import _extension, ops, reference
 
@@ -121,6 +122,54 @@ def test_gamma2_never_grows_and_stops_at_the_floor(device):
     assert skipped.item() == 0
 
 
+@pytest.mark.parametrize("module", [ops, reference])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_weight_on_the_device_multiplies_that_of_the_kl(device, module, dtype):
+    recon, target = torch.randn(3, 50, device=device, dtype=dtype), torch.rand(3, 50, device=device, dtype=dtype)
+    weight = torch.tensor(-0.375, device=device)
+    kl = leaf(torch.tensor(6.0, device=device, dtype=dtype))
+    kw = {"kl_weight": 2.0, "logits": True, "update": False}
+    out = module.balanced_loss(recon, target, kl, *scalars(device), weight=weight, **kw)
+    weight.fill_(100.0)  # moved before the backward: the gradient is that of the weight in use
+    out.loss.backward()
+    plain = module.balanced_loss(recon, target, 0 * kl, *scalars(device), **kw)
+    assert out.loss.item() == pytest.approx(plain.loss.item() - 0.75 * 6 / 3, rel=1e-5)
+    assert kl.grad.item() == pytest.approx(-0.25)
+
+
+@pytest.mark.parametrize("module", [ops, reference])
+def test_gamma2_grows_where_it_may(device, module):
+    gamma2, skipped = scalars(device, 0.01)
+    zero = torch.zeros((), device=device)
+    far = torch.full((2, 4), 5.0, device=device)
+    module.balanced_loss(far, 0 * far, zero, gamma2, skipped, logits=False, update=True, monotone=False)
+    assert gamma2.item() == pytest.approx(0.99 * 0.01 + 0.01 * 25)
+    module.update_gamma2(gamma2, skipped, zero + 800, torch.tensor(8, device=device), monotone=False)
+    assert gamma2.item() == pytest.approx(0.99 * 0.2599 + 1.0)
+    gamma2.fill_(math.nan)  # stays what it is: the floor would be a huge weight of the reconstruction
+    module.update_gamma2(gamma2, skipped, zero, torch.tensor(8, device=device), monotone=False)
+    assert math.isnan(gamma2.item()) and skipped.item() == 0
+
+
+@pytest.mark.parametrize("module", [ops, reference])
+@pytest.mark.parametrize("monotone", [True, False])
+def test_a_gamma2_of_zero_starts_from_the_batch(device, module, monotone):
+    recon = leaf(torch.full((2, 4), 5.0, device=device))
+    gamma2, skipped = scalars(device, 0.0)
+    zero, target = torch.zeros((), device=device), torch.zeros(2, 4, device=device)
+    kw = {"logits": False, "monotone": monotone}
+    out = module.balanced_loss(recon, target, zero, gamma2, skipped, update=True, **kw)
+    assert gamma2.item() == out.stats[2].item() == 25
+    out.loss.backward()
+    assert torch.allclose(recon.grad, recon / 50)
+    gamma2.zero_()
+    exact = module.balanced_loss(target, target, zero, gamma2, skipped, update=False, **kw)
+    assert exact.stats[2].item() == pytest.approx(1e-8)
+    assert gamma2.item() == 0
+    module.update_gamma2(gamma2, skipped, zero + 56, torch.tensor(8, device=device), monotone=monotone)
+    assert gamma2.item() == 7
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("module", [ops, reference])
 def test_non_finite_input_never_poisons_gamma2(device, module, bad):
@@ -185,11 +234,41 @@ def test_sigmoid_is_accurate_everywhere(device):
     assert relative[x.abs() < 40].max().item() < (2e-6 if device == "cpu" else 2e-5)
 
 
-def test_every_byte_is_its_exact_fraction(device):
-    target = torch.arange(256, dtype=torch.uint8, device=device).view(1, -1)
-    exact = target.float() / 255
-    out = ops.balanced_loss(exact, target, torch.zeros((), device=device), *scalars(device), logits=False, update=False)
+def every_byte(dtype):
+    """The bytes [1,256], and their exact fractions of 255 rounded to `dtype`: on the CPU, whose division is exact."""
+    target = torch.arange(256, dtype=torch.uint8).view(1, -1)
+    return target, target.to(dtype) / 255
+
+
+@pytest.mark.parametrize("module", [ops, reference])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_byte_is_its_exact_fraction(device, dtype, module):
+    target, exact = (t.to(device) for t in every_byte(dtype))
+    zero = torch.zeros((), device=device)
+    out = module.balanced_loss(exact, target, zero, *scalars(device), logits=False, update=False)
     assert out.sse.item() == 0.0
+
+
+class DivisionOfCUDA(TorchDispatchMode):
+    """CUDA divides by a number on the host as a product with its reciprocal, which is not always the same."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.div.Tensor and not isinstance(args[1], torch.Tensor):
+            return torch.ops.aten.mul.Tensor(args[0], torch.tensor(1 / args[1], dtype=args[0].dtype))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_twin_of_every_byte_would_be_exact_on_cuda(dtype):
+    target, exact = every_byte(dtype)
+    with DivisionOfCUDA():
+        assert not torch.equal(target.to(dtype) / 255, exact), "else this shows nothing"
+        assert (
+            reference.balanced_loss(exact, target, torch.zeros(()), *scalars("cpu"), logits=False, update=False).sse
+            == 0
+        )
+        x, _ = reference.gather(target.view(1, 16, 16, 1), torch.tensor([0]), dtype=dtype)
+    assert torch.equal(x.flatten(), exact.flatten())
 
 
 # ---- sampling and KL ------------------------------------------------------------------------------------------------
@@ -216,6 +295,33 @@ def test_sampling_and_gradients_match_the_float64_twin(device, dtype):
         ((ref.z * weight.to(dtype).double()).sum() + 0.3 * ref.kl).backward()
         close(m.grad, m64.grad, dtype, f"{name} gradient of mu")
         close(ls.grad, ls64.grad, dtype, f"{name} gradient of log_sigma")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kl_of_each_latent_has_a_gradient(device, dtype):
+    for name, mu, log_sigma in posterior_samples(dtype, device):
+        k = math.prod(mu.shape[1:])
+        weight = torch.linspace(-1, 2, k, device=device, dtype=torch.float64)
+        found = []
+        for module, type in ((ops, dtype), (reference, torch.float64)):
+            m, ls = leaf(mu, type), leaf(log_sigma, type)
+            out = module.sample_kl(m, ls, ops.make_rng(5, device), first_sample=3, per_latent=True)
+            assert out.kl.shape == (k,) and out.kl.dtype == reference.sum_dtype(type)
+            ((out.kl.double() * weight).sum() + out.z.double().square().sum()).backward()
+            found.append((out.z, out.kl, out.moments, m.grad, ls.grad))
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        kinds = {"z": dtype, "kl": wide, "moments": wide, "mu": dtype, "log_sigma": dtype}
+        for (what, kind), a, b in zip(kinds.items(), *found, strict=True):
+            close(a, b, kind, f"{name} {what}")
+
+
+def test_the_kl_of_a_single_latent_alone(device):
+    mu, ls = leaf(torch.randn(3, 5, device=device)), leaf(torch.randn(3, 5, device=device))
+    ops.sample_kl(mu, ls, ops.make_rng(0, device), per_latent=True).kl[1].backward()
+    expected = torch.zeros_like(mu)
+    expected[:, 1] = mu.detach()[:, 1]
+    assert torch.equal(mu.grad, expected)
+    assert not ls.grad[:, [0, 2, 3, 4]].any() and ls.grad[:, 1].all()
 
 
 @pytest.mark.parametrize("which", ["z", "kl"])
@@ -400,10 +506,12 @@ def test_gradcheck(device):
     recon = leaf(torch.randn(3, 7, dtype=torch.float64, device=device))
     target = torch.rand(3, 7, dtype=torch.float64, device=device)
 
-    def sample(mu, ls):
-        return ops.sample_kl(mu, ls, ops.make_rng(4, device))[:2]
+    for per_latent in (False, True):
 
-    assert torch.autograd.gradcheck(sample, (mu, ls))
+        def sample(mu, ls, per_latent=per_latent):
+            return ops.sample_kl(mu, ls, ops.make_rng(4, device), per_latent=per_latent)[:2]
+
+        assert torch.autograd.gradcheck(sample, (mu, ls))
     for logits in (True, False):
 
         def loss(recon, kl, logits=logits):
@@ -448,12 +556,15 @@ def test_opcheck(device, dtype):
     opcheck(raw.sample_kl, (mu.t(), ls.t(), state, 0, False))
     opcheck(raw.sample_kl_backward, (mu, kl, mu, ls, state, 2))
     opcheck(raw.sample_kl_backward, (None, kl, mu, ls, state, 2))
+    opcheck(raw.sample_kl_backward, (mu, kl.expand(6), mu, ls, state, 2))
     opcheck(raw.philox_words, (state, 3, 5, 0))
     opcheck(raw.philox_normal, (state, 3, 5, 0))
-    opcheck(raw.balanced_loss, (recon, target, kl, gamma2, skipped, 1.0, True, True, 0.99, 1e-8))
-    opcheck(raw.balanced_loss_backward, (kl, None, recon, target, gamma2, 1.0, True))
-    opcheck(raw.balanced_loss_backward, (kl, kl, recon[..., ::2], target[..., ::2], gamma2, 1.0, False))
-    opcheck(raw.update_gamma2, (gamma2, skipped, kl, torch.tensor(3, device=device), 0.99, 1e-8))
+    opcheck(raw.balanced_loss, (recon, target, kl, gamma2, skipped, None, 1.0, True, True, 0.99, 1e-8, True))
+    opcheck(raw.balanced_loss, (recon, target, kl, gamma2, skipped, kl.float(), 1.0, True, True, 0.99, 1e-8, False))
+    used = torch.tensor([0.3, 2.0], device=device)
+    opcheck(raw.balanced_loss_backward, (kl, None, recon, target, used, 1.0, True))
+    opcheck(raw.balanced_loss_backward, (kl, kl, recon[..., ::2], target[..., ::2], used, 1.0, False))
+    opcheck(raw.update_gamma2, (gamma2, skipped, kl, torch.tensor(3, device=device), 0.99, 1e-8, False))
     opcheck(raw.gather, (data, index, flip, dtype))
     opcheck(raw.gather, (data, index, None, dtype))
 

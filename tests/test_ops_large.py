@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bvae import ops, reference
+from bvae.models import layer_ops
 
 pytestmark = pytest.mark.usefixtures("needs_extension")
 
@@ -62,3 +63,27 @@ def test_gather(device, shape, dtype):
     ours = ops.gather(data.to(device), index.to(device), flip.to(device), dtype=dtype)
     for a, b in zip(ours, reference.gather(data, index, flip, dtype=dtype), strict=True):
         assert torch.equal(a.cpu(), b)
+
+
+@pytest.mark.parametrize(("batch", "channels", "side"), [(20, 32, 64), (3, 8, 200), (2, 1, 300)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_norm(device, batch, channels, side, dtype):
+    g = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(batch, channels, side, side, generator=g).to(dtype) for _ in range(2))
+    found = []
+    for module, type, on in ((layer_ops, dtype, device), (reference, torch.float64, "cpu")):
+        images, back = (t.to(on, type).contiguous(memory_format=torch.channels_last) for t in (x, grad))
+        images.requires_grad_()
+        wide = torch.promote_types(type, torch.float32)
+        weight, bias, offset = (
+            torch.full((channels,), v, dtype=wide, device=on, requires_grad=True) for v in (1, 0.1, 2)
+        )
+        running = [torch.zeros(shape, dtype=wide, device=on) for shape in ((channels,), (channels,), ())]
+        counters = torch.zeros(channels, dtype=torch.int32, device=on)
+        y, through = module.batch_norm_relu(
+            images, weight, bias, running, counters, 0.5, 1e-5, offset=offset, through=True
+        )
+        grads = torch.autograd.grad((y, through), (images, weight, bias, offset), (back, back))
+        found.append([t.detach().cpu().double() for t in (y, through, *running, *grads)])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).norm() <= (2e-2 if dtype == torch.bfloat16 else 2e-5) * theirs.norm()

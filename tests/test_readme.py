@@ -24,6 +24,20 @@ def test_the_loss_in_a_foreign_vae() -> None:
     assert names["loss"].mse < 0.6 * ((images / 255 - mean_image) ** 2).mean()
 
 
+def test_a_network_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its own folder, for the example names none."""
+    (snippet,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "bvae.fit" in code)
+    images = load("shapes", side=32, channels=3, num_train=600, num_test=1).train[:, 2:30, 2:30, :1].copy()
+    monkeypatch.chdir(tmp_path)
+    names = {"images": images}
+    exec(snippet, names)
+    run = names["run"]
+    assert names["samples"].shape == (16, 1, 28, 28)
+    of_mean = ((images / 255 - images.mean(0) / 255) ** 2).mean()
+    assert run.results["stage1"]["mse_sampled"] < 0.75 * of_mean
+    assert (run.folder / "report.html").exists() and run.folder.parent == Path("runs")
+
+
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)h][^)]*)\)", README))
 def test_links_lead_somewhere(link: str) -> None:
     assert (ROOT / link).exists()

@@ -163,7 +163,8 @@ def test_computed_gamma_keeps_the_balance_and_a_fixed_one_does_not(tmp_path: Pat
     balance = [r["balance"] for r in records[20:]]
     assert abs(np.mean(balance) - 0.5) < 0.04 and all(abs(b - 0.5) < 0.07 for b in balance), balance
     # A gamma fixed at what suits the first epoch's error: the ratio then falls with the error.
-    train(tmp_path / "fixed", *more, "--balance", "fixed", "--gamma", str(records[0]["mse"] ** 0.5))
+    gamma = str(records[0]["mse"] ** 0.5)
+    train(tmp_path / "fixed", *more, "--epochs", "10", "--balance", "fixed", "--gamma", gamma)
     fixed = [r["balance"] for r in read_metrics(tmp_path / "fixed")]
     assert fixed[0] > 0.35 and fixed[-1] < 0.2, fixed
 
@@ -279,12 +280,22 @@ def test_a_signal_saves_the_very_step_and_says_how_to_go_on(uninterrupted: Path,
     same_end(out, uninterrupted)
 
 
+SHORT = [*TINY, "--batch", "100", "--epochs", "2", "--epochs2", "2"]
+"""two epochs of three steps, both stages"""
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Such a run that nothing stopped, not to be changed."""
+    out = tmp_path_factory.mktemp("short") / "run"
+    train(out, *SHORT)
+    return out
+
+
 @pytest.mark.parametrize("step", range(1, 13))
-def test_a_stop_after_any_step_loses_nothing(step: int, tmp_path: Path) -> None:
-    """Two epochs of three steps, both stages: at epoch ends and stage ends too."""
-    tiny = [*TINY, "--batch", "100", "--epochs", "2", "--epochs2", "2"]
-    train(tmp_path / "whole", *tiny)
-    config, _ = parse([*tiny, "--out", str(tmp_path / "run")])
+def test_a_stop_after_any_step_loses_nothing(short: Path, step: int, tmp_path: Path) -> None:
+    """At epoch ends and stage ends too."""
+    config, _ = parse([*SHORT, "--out", str(tmp_path / "run")])
     trainer = make_trainer(config, load_data(config), tmp_path / "run", quiet=True)
     left = step
 
@@ -298,8 +309,8 @@ def test_a_stop_after_any_step_loses_nothing(step: int, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         trainer.run()
     assert main(["--resume", str(tmp_path / "run")]) == 0
-    same_end(tmp_path / "run", tmp_path / "whole")
-    assert results_of(tmp_path / "run") == results_of(tmp_path / "whole")
+    same_end(tmp_path / "run", short)
+    assert results_of(tmp_path / "run") == results_of(short)
 
 
 def results_of(out: Path) -> dict:
@@ -341,7 +352,7 @@ def test_resuming_a_finished_run_changes_nothing_and_more_epochs_go_on(run: Path
         (["--side", "24"], "--side must be a power of two"),
         (["--scales", "9"], "--scales 9 does not fit"),
         (["--channels", "2"], "--channels must be 1 or 3"),
-        (["--gamma", "0.1"], "--gamma needs --balance fixed, not computed"),
+        (["--gamma", "0.1"], "--gamma needs --balance fixed or annealed"),
         (["--balance", "guessed"], "there is no such balance; choose from computed, learned, fixed"),
         (["--network", "guessed"], "there is no such network; choose from resnet"),
         (["--balance", "fixed"], "exactly one of --gamma and --beta"),

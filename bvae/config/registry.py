@@ -39,6 +39,8 @@ class Part:
     check: Callable[[Config], None] = _fits_all
     settings: type | tuple[type, ...] | None = None
     uses: tuple[str, ...] = ()
+    images_only: bool = False
+    """of a balance: its target is in the images' units; the second stage is trained with `computed` instead"""
 
     @property
     def own(self) -> dict[str, Any]:
@@ -79,42 +81,57 @@ class Registry(Generic[P]):
 
     Args:
         kind: the setting that names a part, such as "network".
-        builtin: name -> "module:attribute" of a Part, imported when it is asked for.
+        builtin: name -> "module:attribute" of a Part, imported when it is asked for; or "module:attribute" of a whole
+            table of them.
     """
 
-    def __init__(self, kind: str, builtin: Mapping[str, str]) -> None:
+    def __init__(self, kind: str, builtin: Mapping[str, str] | str) -> None:
         self.kind = kind
-        self._builtin = dict(builtin)
-        self._parts: dict[str, P] = {}
+        self._table = builtin if isinstance(builtin, str) else None
+        self._homes = {} if isinstance(builtin, str) else dict(builtin)
+        self._builtin: dict[str, P] = {}
+        self._added: dict[str, P] = {}
+
+    def _open(self) -> None:
+        if self._table is not None and not self._builtin:
+            self._builtin = _imported(self._table)
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple({**self._builtin, **self._parts})
+        self._open()
+        return tuple({**self._homes, **self._builtin, **self._added})
 
     def add(self, part: P) -> None:
         """Makes a part available under its name. Raises ValueError where a built-in part has that name."""
-        if part.name in self._builtin:
+        self._open()
+        if part.name in self._homes or part.name in self._builtin:
             raise ValueError(f"{self.kind} {part.name!r} is built in: choose another name")
-        self._parts[part.name] = part
+        self._added[part.name] = part
 
     def remove(self, name: str) -> None:
         """Takes away a part that `add` gave, if it is there."""
-        self._parts.pop(name, None)
+        self._added.pop(name, None)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._parts or name in self._builtin
+        return name in self.names
 
     def __getitem__(self, name: str) -> P:
         """The part of that name. Raises UserError, naming those that exist, where there is none."""
-        if name not in self._parts and name in self._builtin:
-            module, _, attribute = self._builtin[name].partition(":")
-            self._parts[name] = getattr(importlib.import_module(module), attribute)
-        if name not in self._parts:
+        if name not in self.names:
             raise UserError(f"--{self.kind} {name}: there is no such {self.kind}; choose from {', '.join(self.names)}")
-        return self._parts[name]
+        if name in self._added:
+            return self._added[name]
+        if name not in self._builtin:
+            self._builtin[name] = _imported(self._homes[name])
+        return self._builtin[name]
 
     def parts(self) -> list[P]:
         return [self[name] for name in self.names]
+
+
+def _imported(home: str) -> Any:
+    module, _, attribute = home.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 networks: Registry[Part] = Registry(
@@ -144,15 +161,8 @@ families: Registry[Family] = Registry(
 )
 """build(ingredients) -> the objective of the first stage"""
 
-balances: Registry[Part] = Registry(
-    "balance",
-    {
-        "computed": "bvae.balance:COMPUTED",
-        "learned": "bvae.balance:LEARNED",
-        "fixed": "bvae.balance:FIXED",
-    },
-)
-"""build(config, kl_weight, logits, accumulate) -> GaussianVAELoss"""
+balances: Registry[Part] = Registry("balance", "bvae.balance:PARTS")
+"""build(config, *, kl_weight, logits, total_steps, manual) -> GaussianVAELoss"""
 
 KINDS: dict[str, Registry[Any]] = {"network": networks, "family": families, "balance": balances}
 """The settings of Config that name parts. A family stands before the balance, which some families do not have."""

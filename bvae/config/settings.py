@@ -53,6 +53,10 @@ class DataSettings:
     """1 (grey) or 3 (RGB)."""
     crop: int | Literal["square", "none"] = "square"
     """Part of an encoded image that is kept: side of the centred square, `square` (the largest) or `none` (all)."""
+    partition: str | None = _free(default=None)
+    """Which image is for what: a list `name 0`, 1 (val) or 2 (test); `folders`, by their names; `none`, all one set."""
+    split: str | None = _free(default=None)
+    """Fractions of train, val and test of encoded images instead, as 0.8,0.1,0.1, at random by --data-seed."""
     jpeg_roundtrip: bool = False
     """Pass every image through JPEG (quality 75, 4:2:0) first, as both reference implementations do for CIFAR-10."""
     data_seed: int = 0
@@ -181,6 +185,8 @@ class MachineSettings:
     """Train in bf16 where the device has units for it; everything is fp32 where not, and without this."""
     device: Literal["auto", "cpu", "cuda"] = _free(default="auto")
     """Where to train; auto takes CUDA when there is one."""
+    threads: int | None = _free(default=None)
+    """Threads of torch on the CPU; by default one a core. Results differ by roundings."""
     graph: bool = _free(default=True)
     """On CUDA, replay whole steps from a CUDA graph; the numbers do not depend on it."""
     compile: bool | None = _free(default=None)
@@ -294,7 +300,7 @@ class Config(
         """The configuration that to_dict wrote, checked; `source` is the file named in errors."""
         fields = {f.name: f for f in dataclasses.fields(Config) if f.name != "options"}
         hints = get_type_hints(Config)
-        own = {name: hint for s in part_settings().values() for name, hint in get_type_hints(s).items()}
+        own = {f.name: get_type_hints(s)[f.name] for s in part_settings().values() for f in dataclasses.fields(s)}
         # What may change on a resume may be absent: a run of an earlier version does not have every such setting.
         needed = {name for name, f in fields.items() if not f.metadata.get("free")} - ADDED_LATER
         missing = sorted(needed - set(values))

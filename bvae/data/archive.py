@@ -77,7 +77,7 @@ class FileItem:
 
     name: str
     root: str
-    stamp: Stamp
+    stamp: Stamp | None = None
 
     def read(self, size: int | None = None) -> bytes:
         """The file, or its first bytes. Raises UserError if it has changed since it was listed."""
@@ -86,12 +86,14 @@ class FileItem:
             # Not to hang on a pipe that took the file's place.
             with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
                 status = os.fstat(file.fileno())
-                check_stamp(path, self.stamp, status)
+                if self.stamp is not None:
+                    check_stamp(path, self.stamp, status)
+                elif not stat.S_ISREG(status.st_mode):
+                    raise Rejected("is not a regular file")
                 return _read(file.fileno(), 0, status.st_size if size is None else size)
-        except (FileNotFoundError, NotADirectoryError):
-            check_stamp(path, self.stamp, None)
-            raise
         except OSError as error:
+            if self.stamp is not None and isinstance(error, FileNotFoundError | NotADirectoryError):
+                check_stamp(path, self.stamp, None)
             raise Rejected(f"cannot be read ({error.strerror or error})") from error
 
 
@@ -307,7 +309,7 @@ def open_source(path: Path | str) -> Source:
     else:
         raise refusal(path, "no such file or folder")
     if not source.items:
-        raise refusal(path, f"holds no images ({', '.join(SUFFIXES)}){_inside(source)}")
+        raise refusal(path, f"holds no images ({', '.join(SUFFIXES[:4])}, ...){_inside(source)}")
     return source
 
 
@@ -412,7 +414,8 @@ def _list_zip(source: Source, file: Path, label: str) -> None:
 
 def _unreadable(file: Path, kind: str, error: Exception) -> UserError:
     is_here = content_of(file)
-    hint = f"; this is {is_here}" if is_here and kind not in is_here and not isinstance(error, MemoryError) else ""
+    expected = is_here is None or kind in is_here or (kind == "tar" and is_here.endswith("format"))  # a packed one
+    hint = "" if expected else f"; this is {is_here}"
     return refusal(file, f"not a readable {kind} archive{hint}", error)
 
 

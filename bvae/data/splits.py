@@ -131,6 +131,14 @@ def parse_fractions(text: str) -> Fractions:
     return train, val, test
 
 
+def given_fractions(text: str) -> Fractions:
+    """`parse_fractions` of the trainer's --split. Raises UserError."""
+    try:
+        return parse_fractions(text)
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"--split: three fractions that add up to 1 are expected, not {text!r}") from None
+
+
 # ---- by a list ------------------------------------------------------------------------------------------------------
 
 

@@ -149,9 +149,7 @@ def joint_digest(train: str, test: str) -> str:
 class StoreWriter:
     """Writes a store. A context: left before `finish`, or by an exception, it leaves nothing.
 
-    The images may come in any order, and some may never come.
-
-    here: of each split, bool [images that may come], which have come.
+    The images come in any order, and some may never come. here: of each split, bool [images], those that have come.
 
     Args:
         path: the store's folder, which must not exist, unless it is empty.

@@ -16,7 +16,7 @@ from bvae.engine.step import Step
 from bvae.errors import UserError
 
 MIN_STAGE_STEPS = 1_000  # a shorter stage tries nothing
-MIN_STAGE_SECONDS = {"cpu": 1_800.0, "cuda": 180.0}  # a few percent of a longer stage exceed the compilation
+MIN_STAGE_SECONDS = 1_800.0  # a few percent of a longer stage exceed the compilation, on a GPU too
 MAX_TIME_RATIO = 0.98  # compiled over plain: a smaller gain is left alone
 ROUNDS = 7
 TURN = 2.0  # seconds, about
@@ -73,9 +73,8 @@ def _faster(batches: Batches, step: Step, graph: bool, total: int, note: Callabl
     if total < MIN_STAGE_STEPS:
         return plain
     with undone(batches, step):
-        _seconds(plain.runner, batches, step, 1)
-        duration = _seconds(plain.runner, batches, step, 1)
-    if duration * total < MIN_STAGE_SECONDS[batches.device.type]:
+        duration = _duration(plain.runner, batches, step)
+    if duration * total < MIN_STAGE_SECONDS:
         return plain
     note("trying whether torch.compile makes it faster, which may take minutes")
     objectives = {plain: step.minimise}
@@ -92,7 +91,7 @@ def _faster(batches: Batches, step: Step, graph: bool, total: int, note: Callabl
         step.minimise = objectives[plain]
         return plain
 
-    turn = min(100, max(1, round(TURN / duration)))
+    turn = max(1, round(TURN / duration))
     times: dict[Way, list[float]] = {plain: [], compiled: []}
     with undone(batches, step):
         for round_ in range(1 + ROUNDS):
@@ -111,6 +110,15 @@ def _faster(batches: Batches, step: Step, graph: bool, total: int, note: Callabl
         f"{1e3 * after:.2f} ms with it, {ratio:.2f} times as long in turns"
     )
     return way
+
+
+def _duration(runner: Runner, batches: Batches, step: Step) -> float:
+    """Seconds a step, once the first ones are over: of as many as fill a tenth of a turn."""
+    _seconds(runner, batches, step, 1)
+    steps = 1
+    while (seconds := _seconds(runner, batches, step, steps)) < TURN / 10:
+        steps *= 4
+    return seconds / steps
 
 
 def _seconds(runner: Runner, batches: Batches, step: Step, steps: int) -> float:

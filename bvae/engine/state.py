@@ -6,14 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bvae import ops
+
 ALIGNED = 32  # floats: the 128 bytes at whose multiples a tensor of its own would begin, as vectorised kernels assume
 
 
 class Moved:
     """Everything beside parameters that a step changes: buffers of the model, of whatever modules, and other state.
 
-    All float32 tensors among it become parts of one vector, so that keeping and putting back cost two operations, not
-    two a tensor. Call it once the model is on its device: moving the model again would part them.
+    All float32 tensors among it become parts of one vector, which ranks average in one exchange. Call it once the
+    model is on its device: moving the model again would part them.
 
     Args:
         model: its buffers move, and are averaged over ranks.
@@ -34,17 +36,18 @@ class Moved:
         self.statistics = self.flat[: ends[0]]
         """float32 [n]: the model's part of it, which ranks average"""
         in_flat = {id(t) for group in flat for t in group}
-        self._single = [t for t in (*own, *others) if id(t) not in in_flat]
+        self.tensors = [self.flat, *(t for t in (*own, *others) if id(t) not in in_flat)]
+        """all of it, dense tensors"""
+        self.kept = [torch.empty_like(t) for t in self.tensors]
+        """as it was when `keep` was called, in the same order"""
 
-    def keep(self) -> list[Tensor]:
-        """Copies of it all, for `undo`."""
-        return [t.clone() for t in (self.flat, *self._single)]
+    def keep(self) -> None:
+        """Copies it all, for `put_back` or the end of the step."""
+        ops.copy_all(self.kept, self.tensors)
 
-    @torch.no_grad()
-    def undo(self, kept: list[Tensor], good: Tensor) -> None:
-        """Puts back the copies where `good`, a bool scalar on the device, is false."""
-        for tensor, value in zip((self.flat, *self._single), kept, strict=True):
-            tensor.copy_(torch.where(good, tensor, value))
+    def put_back(self) -> None:
+        """Makes it all what it was when `keep` was called."""
+        ops.copy_all(self.tensors, self.kept)
 
     @torch.no_grad()
     def adopt(self) -> None:

@@ -43,15 +43,6 @@ class Sums:
     def tensors(self) -> dict[str, Tensor]:
         return {"parts": self.parts, "moments": self.moments, "counts": self.counts, "trouble": self.bad_step_score}
 
-    def add(self, parts: Tensor, moments: Tensor | None, good: Tensor) -> None:
-        bad = ~good
-        # masked_fill, not where: a number given to where becomes a tensor on the host, which CUDA would wait for.
-        self.parts += parts.masked_fill(bad, 0.0)
-        if moments is not None:
-            self.moments += moments.masked_fill(bad, 0.0)
-        self.counts += torch.stack([good, bad])
-        self.bad_step_score.add_(bad, alpha=1.25).sub_(0.25).clamp_(min=0)
-
     def reset(self) -> None:
         for t in (self.parts, self.moments, self.counts):
             t.zero_()
@@ -100,7 +91,7 @@ class Step:
         self.lr.fill_(lr)
 
     def __call__(self, x: Tensor, target: Tensor) -> None:
-        before = self.moved.keep()
+        self.moved.keep()
         total, parts, moments = self._gradients(x, target)
         self.moved.adopt()
         if self.world.size > 1:
@@ -114,8 +105,11 @@ class Step:
             self.parameters, gradients, self.exp_avg, self.exp_avg_sq, copies, self.steps, good, self.lr,
             betas=BETAS, eps=EPS,
         )  # fmt: skip
-        self.moved.undo(before, good)
-        self.sums.add(parts, moments, good)
+        sums = self.sums
+        ops.end_step(
+            good, parts, moments, sums.parts, sums.moments, sums.counts, sums.bad_step_score,
+            self.moved.tensors, self.moved.kept,
+        )  # fmt: skip
 
     def _gradients(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         with self.copies:
@@ -132,6 +126,8 @@ class Step:
         """
         if any(norm.gather is not None for norm in batch_norms(self.model)):
             return "--sync-bn, which exchanges statistics in the middle of a pass"
+        if getattr(self.objective, "gathers", False):
+            return "the family's MMD, which brings the codes of all processes together in the middle of a pass"
         # A code object of its own: Dynamo keeps its results with that, and limits how many variants it keeps.
         call = type(self.objective).__call__
         own = FunctionType(

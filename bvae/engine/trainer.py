@@ -4,17 +4,18 @@ import math
 import time
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from bvae.config import Config
 from bvae.data import Dataset
 from bvae.engine.compiling import choose_way
 from bvae.engine.graph import Runner
+from bvae.engine.saving import Saver
 from bvae.engine.step import Step
+from bvae.engine.threads import note_busy_cores
 from bvae.errors import Interrupted, UserError
-from bvae.machine import describe_device, training_kernels, versions
-from bvae.run.checkpoint import LAST, prefixed, under
+from bvae.machine import training_kernels
+from bvae.run.checkpoint import LAST, under
 from bvae.run.folder import Run
 from bvae.run.log import RunLog
 from bvae.run.trackers import Tracker, open_tracker
@@ -69,21 +70,18 @@ class Trainer:
         self.device = world.device
         self.stop: int | None = None
         self.results: dict[str, Any] = {}
-        self.best = math.inf  # the bound of the best weights of the stage under way
-        self.best_weights: dict[str, Tensor] | None = None
-        self.best_unsaved = False
-        self.saved_at = time.monotonic()
+        self.saver = Saver(run, stages.config, stages.data, stages.model, world)
         if state is None:
             self._start(1)
             if world.first:
-                run.begin(self._write_first)
+                self.saver.begin(self.stage, self.step, self._state())
         else:
             self._restore(*state)
             if world.first:
-                self._write_config(run)  # what may change has perhaps changed
+                self.saver.write_config()  # settings that may change have perhaps changed
         finished = dict.fromkeys(range(1, self.stage.number), 10**9)
         finished[self.stage.number] = self.finished_epochs
-        tracker = self._open_tracker(new=state is None) if world.first else None
+        tracker = _open_tracker(run, self.config, new=state is None) if world.first else None
         folder = run.folder if world.first else None
         self.log = RunLog(folder, resume_after=None if state is None else finished, tracker=tracker, quiet=quiet)
         if tracker is not None:
@@ -116,7 +114,7 @@ class Trainer:
         self.step = Step(stage.model, stage.objective, stage.noise, stage.latents, self.stages.amp, self.world)
         self.steps, self.seconds = 0, 0.0
         self.compiled: bool | None = None
-        self.best, self.best_weights, self.best_unsaved = math.inf, None, False
+        self.saver.begin_stage()
         self.plateau = Plateau(stage.schedule.plateau)
 
     def _train(self) -> None:
@@ -126,19 +124,15 @@ class Trainer:
         """
         stage, total, per_epoch = self.stage, self.stage.schedule.steps, self.stage.batches.steps
         self.log.start(
-            stage.number,
-            math.ceil(total / per_epoch),
-            per_epoch,
-            self.steps,
-            images_per_step=stage.batches.batch,
-            total_steps=total,
-        )
+            stage.number, math.ceil(total / per_epoch), per_epoch, self.steps,
+            images_per_step=stage.batches.batch, total_steps=total,
+        )  # fmt: skip
         runner: Runner | None = None
         while self.steps < total:
             epoch, first = divmod(self.steps, per_epoch)
             stage.model.train()
             stage.objective.train()
-            self.step.set_lr(self._lr(epoch))
+            self.step.set_lr(stage.schedule.lr_in(epoch, self.plateau.halvings))
             with training_kernels(self.device, self.stages.amp):
                 runner = runner or self._runner()
                 stage.batches.begin(epoch, first)
@@ -168,6 +162,8 @@ class Trainer:
         def note(text: str) -> None:
             self.log.note(f"stage {self.stage.number}: {text}")
 
+        if self.steps == 0 and self.config.threads is None:
+            note_busy_cores(self.stage.batches, self.step, self.stage.schedule.steps, note)
         wanted = self.compiled if self.config.compile is None else self.config.compile
         batches, total = self.stage.batches, self.stage.schedule.steps
         runner, self.compiled = choose_way(batches, self.step, self.config.graph, wanted, total, note)
@@ -200,13 +196,13 @@ class Trainer:
             "epoch": epoch,
             "step": self.steps,
             **means,
-            "lr": self._lr(epoch - 1),
+            "lr": stage.schedule.lr_in(epoch - 1, self.plateau.halvings),
             "skipped": int(bad),
             "images_per_s": self._progress().samples_per_second,
             "seconds": self.seconds,
             **moment_figures(sums.moments, int(good * stage.batches.batch)),
         }
-        kept = self.step.moved.keep()
+        self.step.moved.keep()
         scores, scores_fid = (self._falls_due(epoch, every) for every in (config.eval_every, config.fid_every))
         scores_fid = scores_fid and bool(config.fid_every)
         if scores or scores_fid:
@@ -214,26 +210,20 @@ class Trainer:
         if scores:
             scored = stage.score()
             record |= scored.record
-            better = scored.bound < self.best
+            better = self.saver.offer(scored.bound)
             if self.steps % stage.batches.steps == 0:  # an epoch that --max-steps cut short may go on
                 self.plateau.score(epoch, better)
-            if better:
-                self.best = scored.bound
-                if self.world.first:
-                    self.best_weights = {name: t.clone() for name, t in self.model.state_dict().items()}
-                    self.best_unsaved = True
         if scores_fid:
             record |= stage.fid()
-        self.step.moved.undo(kept, torch.zeros((), dtype=torch.bool, device=self.device))
+        self.step.moved.put_back()
         self.log.epoch(record)
+        if (remark := stage.remark(record)) is not None:
+            self.log.note(f"stage {stage.number}: {remark}")
 
     @property
     def finished_epochs(self) -> int:
         """Of the stage under way."""
         return self.steps // self.stage.batches.steps
-
-    def _lr(self, epoch: int) -> float:
-        return self.stage.schedule.lr_in(epoch) * self.plateau.factor
 
     def _falls_due(self, epoch: int, every: int) -> bool:
         return bool(every and epoch % every == 0) or self.steps == self.stage.schedule.steps
@@ -247,7 +237,7 @@ class Trainer:
         weights = {"weights": "last", "best_chosen_on": "val" if self.config.val else "test"}
         self.results[self.stage.name] |= weights
         if self.world.first and self.stage.calibrates:
-            self._calibrate_best()
+            self.saver.calibrate_best(self.stage)
         self._save_or_stop()
         for name in ("mse_sampled", "mse_mean", "kl", "gamma2"):
             value = self.results[self.stage.name].get(name, 0.0)
@@ -256,18 +246,6 @@ class Trainer:
                     f"{self.run_folder.folder}: stage {self.stage.number} has ended with {name} {value}: its weights "
                     "have diverged; start a new run with a lower --lr"
                 )
-
-    def _calibrate_best(self) -> None:
-        """Measures for the best weights too what sampling from them needs."""
-        best = self.best_weights or self.run_folder.load_best()
-        if not best:
-            return
-        last = {name: t.clone() for name, t in self.model.state_dict().items()}
-        self.model.load_state_dict(best)
-        self.stage.calibrate()
-        self.best_weights = {name: t.clone() for name, t in self.model.state_dict().items()}
-        self.best_unsaved = True
-        self.model.load_state_dict(last)
 
     # ---- state on disk ------------------------------------------------------------------------------------------
 
@@ -281,9 +259,9 @@ class Trainer:
 
     def _agree(self) -> tuple[int, bool]:
         """(the signal that told any rank to stop, or 0; whether any finds it time for a checkpoint)."""
-        waited = time.monotonic() - self.saved_at
-        stop, late = self.world.largest(self.stop or 0, waited > self.config.checkpoint_seconds)
-        return stop, bool(late)
+        late = self.saver.waited() > self.config.checkpoint_seconds
+        stop, agreed = self.world.largest(self.stop or 0, late)
+        return stop, bool(agreed)
 
     def _save_or_stop(self) -> None:
         """Writes a checkpoint; then ends the run where a signal asked for it."""
@@ -292,65 +270,30 @@ class Trainer:
         if stop:
             raise Interrupted(stop, f"stopped in stage {self.stage.number} after step {self.steps}")
 
-    def save(self, run: Run | None = None) -> None:
-        """Writes the last checkpoint, and the best one where there are new best weights."""
-        self.saved_at = time.monotonic()
-        if not self.world.first:
-            return
-        run = run or self.run_folder
-        description = {
-            "stage": self.stage.number,
-            "step": self.steps,
-            "seconds": self.seconds,
-            "compiled": self.compiled,
-            "device": self.device.type,
-            "config": self.config.to_dict(),
-            "data_digest": self.stages.data.digest,
-            "best": self.best if math.isfinite(self.best) else None,
-            "plateau": [self.plateau.halvings, self.plateau.since],
-            "results": self.results,
-            "versions": versions(),
-        }
-        if self.best_unsaved and self.best_weights is not None:
-            run.save_best(prefixed(self.best_weights, "model"), description)
-            self.best_unsaved = False
-        tensors = {
-            **prefixed(self.model.state_dict(), "model"),
-            **prefixed(self.step.tensors(), "step"),
-            **prefixed(self.stage.batches.state(), "batches"),
-        }
-        run.save_state(tensors, description)
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        self.saver.save(self.stage, self.step, self._state(), self.results)
 
-    def _write_first(self, run: Run) -> None:
-        self._write_config(run)
-        self.save(run)
-
-    def _write_config(self, run: Run) -> None:
-        run.write_config(self.config, self.stages.data, describe_device(self.device))
-
-    def _open_tracker(self, new: bool) -> Tracker | None:
-        """The tracker of --logger. Where it cannot begin, neither does the run, and a new one leaves no folder."""
-        try:
-            return open_tracker(self.config.logger, self.run_folder.folder, self.config.to_dict())
-        except UserError:
-            if new:
-                self.run_folder.remove()
-            raise
+    def _state(self) -> dict[str, Any]:
+        plateau = [self.plateau.halvings, self.plateau.since]
+        return {"step": self.steps, "seconds": self.seconds, "compiled": self.compiled, "plateau": plateau}
 
     def _restore(self, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
-        path = self.run_folder.folder / LAST
-        self.model.load_tensors(under(tensors, "model"), path)
+        self.model.load_tensors(under(tensors, "model"), self.run_folder.folder / LAST)
         self._start(description["stage"])
         self.results = description["results"]
-        self.best = math.inf if description["best"] is None else description["best"]
         self.plateau.halvings, self.plateau.since = description.get("plateau", [0, 0])  # absent in runs of before
         self.steps, self.seconds = description["step"], description["seconds"]
         if self.steps and description.get("device") == self.device.type:  # a trial's choice goes on, with its bits
             self.compiled = description["compiled"]
-        try:
-            self.step.load_tensors({name: t.to(self.device) for name, t in under(tensors, "step").items()})
-            self.step.sums.bad_step_score.zero_()  # a run that was given up gets another chance
-            for name, t in self.stage.batches.state().items():
-                t.copy_(tensors[f"batches.{name}"])
-        except (KeyError, RuntimeError) as error:
-            raise UserError(f"{path}: its optimiser state does not fit the model ({error})") from error
+        self.saver.restore(self.stage, self.step, tensors, description)
+
+
+def _open_tracker(run: Run, config: Config, new: bool) -> Tracker | None:
+    """The tracker of --logger. Where it cannot begin, neither does the run, and a new one leaves no folder."""
+    try:
+        return open_tracker(config.logger, run.folder, config.to_dict())
+    except UserError:
+        if new:
+            run.remove()
+        raise

@@ -11,6 +11,7 @@ from bvae import ops
 from bvae.batches.mapped import Images
 from bvae.batches.resident import chunks
 from bvae.metrics.latent import inactive, latent_variances, variance_law
+from bvae.models.norm import frozen_statistics
 from bvae.models.posterior import Posterior
 from bvae.models.vae import VAE
 from bvae.seeds import derive
@@ -51,7 +52,8 @@ def score_latents(model: VAE, first: Posterior, seed: int, world: World = ALONE)
 
 def _encode(model: VAE, parts: Iterable[Tensor], count: int, world: World) -> Posterior:
     """The posterior of all `count` samples, of which this rank encodes its share, given as `parts`."""
-    mine = [torch.stack([t for t in model.encode(x) if t is not None]) for x in parts]
+    with frozen_statistics(model):
+        mine = [torch.stack([t for t in model.encode(x) if t is not None]) for x in parts]
     posterior = torch.zeros(len(mine[0]), count, *mine[0].shape[2:], device=mine[0].device)
     posterior[:, world.share(count)] = torch.cat(mine, 1)
     mu, *log_sigma = world.sum_(posterior).unbind()  # zeros of the others' rows: exact
@@ -69,12 +71,13 @@ def _score(
     sse = torch.zeros(2, dtype=torch.float64, device=mu.device)  # decoding z, decoding mu
     count = 0
     first = world.share(len(mu)).start
-    for target in targets:
-        last = first + len(target)
-        errors = [squared_error(model.decoder(latents[first:last]), target, logits) for latents in (z, mu)]
-        sse += torch.stack(errors)
-        count = len(mu) * math.prod(target.shape[1:])
-        first = last
+    with frozen_statistics(model):
+        for target in targets:
+            last = first + len(target)
+            errors = [squared_error(model.decoder(latents[first:last]), target, logits) for latents in (z, mu)]
+            sse += torch.stack(errors)
+            count = len(mu) * math.prod(target.shape[1:])
+            first = last
     sampled, mean = world.sum_(sse).tolist()
     var_mu, sigma2 = latent_variances(mu, log_sigma)
     figures = {"mse_sampled": sampled / count, "mse_mean": mean / count}

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bvae.machine import has_amx
-from bvae.models.half import Halved, half_of
+from bvae.models.half import Halved, half_of, on_cuda
+from bvae.models.plain import layers_are_plain
 
 SHORT_ROW = 16  # pixels; from here on oneDNN is faster
 SLOW_STRIDES = (1, 2) if has_amx() else (2,)  # of shorter rows
@@ -72,14 +73,18 @@ class _Convolution(torch.autograd.Function):
             small, large = (x, grad) if ctx.transposed else (grad, x)
             grad_weight = _kernel_gradient(small, large, s, kernel)
         if needs[2]:
-            grad_bias = grad.sum((0, 2, 3))
+            # A shortcut's bias and its neighbour's have the same gradient: of two bf16 sums in one loop, Inductor makes
+            # C++ that does not compile (torch 2.13). Outside of it, a sum in another type would copy what it sums.
+            sums = torch.promote_types(grad.dtype, torch.float32) if torch.compiler.is_compiling() else grad.dtype
+            grad_bias = grad.sum((0, 2, 3), dtype=sums).to(grad.dtype)
         return grad_x, grad_weight, grad_bias, None, None
 
 
 def _ours(x: Tensor, row: int, stride: int) -> bool:
     """Whether oneDNN would be slow: rows of `row` pixels in bf16, in training, on a CPU."""
     return (
-        row < SHORT_ROW
+        not layers_are_plain()
+        and row < SHORT_ROW
         and stride in SLOW_STRIDES
         and x.device.type == "cpu"
         and torch.is_grad_enabled()
@@ -99,13 +104,21 @@ class Conv3x3(Halved, nn.Conv2d):
     Args:
         cancelled: batch norm follows directly and cancels the bias. Its gradient is zero but for rounding, which Adam
             would turn into steps of the size of lr: it gets none.
+        apart: the layer is called by `apart`, whose bias has no bf16 copy where the next layer adds it.
     """
 
     bias: Tensor
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1, cancelled: bool = False) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, stride: int = 1, cancelled: bool = False, apart: bool = False
+    ) -> None:
         super().__init__(inputs, outputs, 3, stride, padding=1)
         self.cancelled = cancelled
+        self.called_apart = apart
+
+    @property
+    def halved(self) -> tuple[str, ...]:
+        return _halved(self)
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = half_of(self.weight), half_of(self.bias)
@@ -115,17 +128,39 @@ class Conv3x3(Halved, nn.Conv2d):
             return _call(x, weight, bias, self.stride[0], False)
         return self._conv_forward(x, weight, bias)
 
+    def apart(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The convolution, and a bias [D] float32 that is still to be added, or None."""
+        if not on_cuda(x.device):  # oneDNN adds it as it writes; on CUDA that would be a pass of its own
+            return self(x), None
+        bias = self.bias.detach() if self.cancelled else self.bias
+        return self._conv_forward(x, half_of(self.weight), None), bias
+
 
 class ConvTranspose3x3(Halved, nn.ConvTranspose2d):
-    """[B,C,H,W] -> [B,D,2H,2W]."""
+    """[B,C,H,W] -> [B,D,2H,2W]. `apart`: see Conv3x3."""
 
     bias: Tensor
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, apart: bool = False) -> None:
         super().__init__(inputs, outputs, 3, stride=2, padding=1, output_padding=1)
+        self.called_apart = apart
+
+    @property
+    def halved(self) -> tuple[str, ...]:
+        return _halved(self)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         weight, bias = half_of(self.weight), half_of(self.bias)
         if _ours(x, x.shape[3], 2):
             return _call(x, weight, bias, 2, True)
         return F.conv_transpose2d(x, weight, bias, 2, 1, 1)
+
+    def apart(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See Conv3x3.apart."""
+        if not on_cuda(x.device):
+            return self(x), None
+        return F.conv_transpose2d(x, half_of(self.weight), None, 2, 1, 1), self.bias
+
+
+def _halved(layer: Conv3x3 | ConvTranspose3x3) -> tuple[str, ...]:
+    return ("weight",) if layer.called_apart and on_cuda(layer.weight.device) else ("weight", "bias")

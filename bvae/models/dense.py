@@ -3,11 +3,10 @@
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bvae.models.half import Linear
-from bvae.models.resnet import glorot_
+from bvae.models.half import Head, LinearReLU, widened
+from bvae.models.resnet import glorot_, posterior_heads
 
 
 class _DenseTrunk(nn.Module):
@@ -16,14 +15,14 @@ class _DenseTrunk(nn.Module):
     def __init__(self, inputs: int, hidden: int, depth: int) -> None:
         super().__init__()
         widths = [inputs] + [hidden] * depth
-        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise(widths))
+        self.layers = nn.ModuleList(LinearReLU(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         h = x
         for layer in self.layers:
-            h = F.relu(layer(h))
-        # Back to fp32 for the heads: they carry the posterior and the reconstruction of fp32 latents.
-        return torch.cat([x.float(), h.float()], 1)
+            h = layer(h)
+        # The heads compute in float32: they carry the posterior and the reconstruction of float32 latents.
+        return torch.cat([widened(x), widened(h)], 1)
 
 
 class DenseEncoder(nn.Module):
@@ -32,14 +31,12 @@ class DenseEncoder(nn.Module):
     def __init__(self, inputs: int, latents: int, hidden: int, depth: int = 3) -> None:
         super().__init__()
         self.trunk = _DenseTrunk(inputs, hidden, depth)
-        self.mu = nn.Linear(hidden + inputs, latents)
-        self.log_sigma = nn.Linear(hidden + inputs, latents)
+        self.mu = Head(hidden + inputs, latents)
+        self.log_sigma = Head(hidden + inputs, latents)
         glorot_(self)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.trunk(x)
-        with torch.autocast(h.device.type, enabled=False):
-            return self.mu(h), self.log_sigma(h)
+        return posterior_heads(self.trunk(x), self.mu, self.log_sigma)
 
 
 class DenseDecoder(nn.Module):
@@ -48,10 +45,8 @@ class DenseDecoder(nn.Module):
     def __init__(self, latents: int, outputs: int, hidden: int, depth: int = 3) -> None:
         super().__init__()
         self.trunk = _DenseTrunk(latents, hidden, depth)
-        self.out = nn.Linear(hidden + latents, outputs)
+        self.out = Head(hidden + latents, outputs)
         glorot_(self)
 
     def forward(self, u: Tensor) -> Tensor:
-        h = self.trunk(u)
-        with torch.autocast(h.device.type, enabled=False):
-            return self.out(h)
+        return self.out(self.trunk(u))

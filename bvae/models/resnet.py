@@ -8,11 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bvae import reference
 from bvae.config.registry import Part
 from bvae.errors import UserError
+from bvae.models import fork, layer_ops
 from bvae.models.conv import Conv3x3, ConvTranspose3x3
-from bvae.models.half import Linear
+from bvae.models.half import Head, Linear, LinearReLU, widened
 from bvae.models.norm import BatchNormReLU
+from bvae.models.plain import layers_are_plain
 
 if TYPE_CHECKING:
     from bvae.config import Config
@@ -29,20 +32,40 @@ def glorot_(module: nn.Module) -> None:
                 nn.init.zeros_(m.bias)
 
 
+def posterior_heads(h: Tensor, mu: nn.Linear, log_sigma: nn.Linear) -> tuple[Tensor, Tensor]:
+    """mu(h) and log_sigma(h) in one product; in float32 whatever the autocast.
+
+    Rounding log_sigma to bf16 would move the KL of a sharp latent by percents.
+    """
+    with torch.autocast(h.device.type, enabled=False):
+        weight, bias = torch.cat([mu.weight, log_sigma.weight]), torch.cat([mu.bias, log_sigma.bias])
+        first, second = F.linear(widened(h), widened(weight), widened(bias)).split(
+            [len(mu.bias), len(log_sigma.bias)], 1
+        )
+        return first, second
+
+
 class ResidualBlock(nn.Module):
-    """[BN-ReLU-conv3x3] x 2 beside a 3x3 convolution as the shortcut."""
+    """[BN-ReLU-conv3x3] x 2 beside a 3x3 convolution as the shortcut, of x plus a bias `offset` that it still lacks."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.bn1 = BatchNormReLU(channels)
-        self.conv1 = Conv3x3(channels, channels, cancelled=True)
+        self.conv1 = Conv3x3(channels, channels, cancelled=True, apart=True)
         self.bn2 = BatchNormReLU(channels)
-        self.conv2 = Conv3x3(channels, channels)
-        self.shortcut = Conv3x3(channels, channels)
+        self.conv2 = Conv3x3(channels, channels, apart=True)
+        self.shortcut = Conv3x3(channels, channels, apart=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv2(self.bn2(self.conv1(self.bn1(x))))
-        return y + self.shortcut(x)
+    def forward(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
+        h, x = self.bn1.beside(x, offset)
+        (beside, bias_beside), join = fork.beside(self.shortcut.apart, x)
+        h = self.bn2(*self.conv1.apart(h))
+        y, bias = self.conv2.apart(h)
+        join(beside)
+        if bias is None or bias_beside is None:
+            return y + beside
+        module = reference if layers_are_plain() else layer_ops
+        return module.add_biased(y, beside, bias, bias_beside, self.bn2.counters)
 
 
 class DenseResidualBlock(nn.Module):
@@ -50,16 +73,24 @@ class DenseResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
-        self.dense1 = Linear(inputs, width)
+        self.dense1 = LinearReLU(inputs, width)
         self.dense2 = Linear(width, width)
         self.shortcut = Linear(inputs, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dense2(F.relu(self.dense1(F.relu(x)))) + self.shortcut(x)
+        return self.dense2(self.dense1(F.relu(x))) + self.shortcut(x)
 
 
-def scale_block(channels: int, blocks: int) -> nn.Sequential:
-    return nn.Sequential(*(ResidualBlock(channels) for _ in range(blocks)))
+class ScaleBlock(nn.Sequential):
+    """Residual blocks, one behind the other; `offset` as the first of them takes it."""
+
+    def __init__(self, channels: int, blocks: int) -> None:
+        super().__init__(*(ResidualBlock(channels) for _ in range(blocks)))
+
+    def forward(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
+        for block in self:
+            x, offset = block(x, offset), None
+        return x
 
 
 class ResNetEncoder(nn.Module):
@@ -81,31 +112,25 @@ class ResNetEncoder(nn.Module):
         super().__init__()
         self.deterministic = deterministic
         width = base
-        self.conv0 = Conv3x3(channels, width)
+        self.conv0 = Conv3x3(channels, width, apart=True)
         self.scales = nn.ModuleList()
         self.downsample = nn.ModuleList()
         for i in range(scales):
-            self.scales.append(scale_block(width, blocks))
+            self.scales.append(ScaleBlock(width, blocks))
             if i + 1 < scales:
-                self.downsample.append(Conv3x3(width, 2 * width, stride=2))
+                self.downsample.append(Conv3x3(width, 2 * width, stride=2, apart=True))
                 width *= 2
         self.fc = DenseResidualBlock(width, fc)
-        self.mu = nn.Linear(fc, latents)
-        self.log_sigma = None if deterministic else nn.Linear(fc, latents)
+        self.mu = Head(fc, latents)
+        self.log_sigma = None if deterministic else Head(fc, latents)
         glorot_(self)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        y = self.conv0(x)
-        for i, scale in enumerate(self.scales):
-            y = scale(y)
-            if i < len(self.downsample):
-                y = self.downsample[i](y)
+        y = self.scales[0](*self.conv0.apart(x))
+        for down, scale in zip(self.downsample, self.scales[1:], strict=True):
+            y = scale(*down.apart(y))  # type: ignore[operator]
         h = self.fc(y.mean((2, 3)))
-        # The posterior stays in fp32: rounding log_sigma to bf16 moves the KL of a sharp latent by percents.
-        with torch.autocast(h.device.type, enabled=False):
-            h = h.float()
-            mu = self.mu(h)
-            return mu if self.log_sigma is None else (mu, self.log_sigma(h))
+        return self.mu(h) if self.log_sigma is None else posterior_heads(h, self.mu, self.log_sigma)
 
 
 class ResNetDecoder(nn.Module):
@@ -120,15 +145,15 @@ class ResNetDecoder(nn.Module):
         self.upsample = nn.ModuleList()
         self.scales = nn.ModuleList()
         for wide, narrow in pairwise(widths):
-            self.upsample.append(ConvTranspose3x3(wide, narrow))
-            self.scales.append(scale_block(narrow, blocks))
+            self.upsample.append(ConvTranspose3x3(wide, narrow, apart=True))
+            self.scales.append(ScaleBlock(narrow, blocks))
         self.conv = Conv3x3(widths[-1], channels)
         glorot_(self)
 
     def forward(self, z: Tensor) -> Tensor:
         y = self.fc(z).view(-1, 2, 2, self.width0).permute(0, 3, 1, 2)  # channels_last from the start
         for up, scale in zip(self.upsample, self.scales, strict=True):
-            y = scale(up(y))
+            y = scale(*up.apart(y))  # type: ignore[operator]
         return self.conv(y)
 
 

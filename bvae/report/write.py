@@ -131,5 +131,6 @@ def write_report(
     contents = [read_content(run, name, cache, device, views) for run, name in zip(runs, names, strict=True)]
     if out is None:
         out = runs[0].folder / REPORT if len(runs) == 1 else Path(COMPARISON)
-    write_atomically(out, render(contents, versions()["bvae"]).encode())
+    # Names of files need not be UTF-8.
+    write_atomically(out, render(contents, versions()["bvae"]).encode(errors="backslashreplace"))
     return out

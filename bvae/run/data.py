@@ -7,6 +7,7 @@ import torch
 from bvae.batches.streamed import stays_in_file
 from bvae.config import Config
 from bvae.data import Dataset, load
+from bvae.data.splits import given_fractions
 from bvae.errors import UserError
 
 
@@ -26,6 +27,8 @@ def data_arguments(config: Config, source: str | None = None) -> dict[str, Any]:
         "side": config.side,
         "channels": config.channels,
         "crop": config.crop,
+        "partition": config.partition,
+        "fractions": None if config.split is None else given_fractions(config.split),
         "jpeg_roundtrip": config.jpeg_roundtrip,
         "seed": config.data_seed,
         "num_train": config.shapes_train,

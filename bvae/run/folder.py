@@ -110,6 +110,12 @@ class Run:
         """n images [n,C,H,W] in [0,1], from the second stage (GEN-2) where there is one, else from the first."""
         return self.model.sample(n, stage or (2 if self.model.stage2 is not None else 1), seed)
 
+    def sample_prior(self, name: str, n: int, seed: int = 0) -> Tensor:
+        """n images [n,C,H,W] in [0,1] from a prior of the run: one that was fitted, `normal` or `second-stage`."""
+        from bvae.run.priors import sample_latents  # it reads runs itself
+
+        return self.model.decode(sample_latents(self.folder, self.model, name, n, seed))
+
     def report(self, out: str | Path | None = None) -> Path:
         """Writes the page on this run, by default report.html in its folder; returns where."""
         from bvae.report.write import write_report  # it takes a second to import, and reads runs itself

@@ -24,9 +24,9 @@ class Schedule:
     steps: int
     plateau: int = 0
 
-    def lr_in(self, epoch: int) -> float:
-        """The learning rate in `epoch`, counted from 0, where no plateau has halved it."""
-        return self.lr * 0.5 ** (epoch // self.lr_halve)
+    def lr_in(self, epoch: int, halvings: int = 0) -> float:
+        """The learning rate in `epoch`, counted from 0, after `halvings` plateaus."""
+        return self.lr * 0.5 ** (epoch // self.lr_halve + halvings)
 
 
 @dataclass
@@ -40,11 +40,6 @@ class Plateau:
     patience: int
     halvings: int = 0
     since: int = 0
-
-    @property
-    def factor(self) -> float:
-        """By which the learning rate is multiplied."""
-        return 0.5**self.halvings
 
     def score(self, epoch: int, better: bool) -> None:
         """Takes notice of a score at the end of `epoch`: whether it is better than all before it."""
@@ -110,6 +105,10 @@ class Stage(ABC):
 
     def prepare_scores(self) -> None:  # noqa: B027 (most stages have nothing to prepare)
         """Makes the model fit to be scored in mid-training; the loop puts its buffers back afterwards."""
+
+    def remark(self, record: dict[str, Any]) -> str | None:
+        """A line for the run's output about an epoch's figures, where they call for one."""
+        return None
 
     def fid(self) -> dict[str, Any]:
         """FIDs for the epoch's line in metrics.jsonl; nothing where they are not asked for."""

@@ -12,7 +12,7 @@ from bvae.batches.mapped import Images, is_mapped, resident
 from bvae.batches.resident import Batches, LatentBatches
 from bvae.batches.streamed import image_batches, place
 from bvae.config import Config
-from bvae.config.registry import balances, families, networks
+from bvae.config.registry import Part, balances, families, networks
 from bvae.data import Dataset
 from bvae.errors import UserError
 from bvae.metrics.fid_scores import fid_scorer
@@ -90,12 +90,14 @@ class Stages:
         c, model = self.config, self.model.stage1
         seed, dtype = derive(c.seed, "batches", 1), torch.bfloat16 if self.amp else torch.float32
         batches = image_batches(self.train_images, c.batch, seed, dtype, c.hflip, self.part)
-        penalised = penalised_modules(model, c.l2_on)
-        given = Ingredients(c, model, self._image_loss, self.amp, penalised, self.world)
-        objective = families[c.family].build(given)
         schedule = self._schedule(c.epochs, c.lr, c.lr_halve, batches, c.plateau)
+
+        def balance() -> GaussianVAELoss:
+            return self._loss(balances[c.balance], c.resolved_kl_weight(), True, schedule)
+
+        given = Ingredients(c, model, balance, self.amp, penalised_modules(model, c.l2_on), self.world)
         return ImageStage(
-            c, self.model, objective, batches, schedule, self._noise(1),
+            c, self.model, families[c.family].build(given), batches, schedule, self._noise(1),
             self.data, self.test_images, self.val_images, self.amp, self.scorer, self.world,
         )  # fmt: skip
 
@@ -105,22 +107,26 @@ class Stages:
         posterior, test = (self._encode(images) for images in (self.train_images, self.test_images))
         val = None if self.val_images is None else self._encode(self.val_images)
         batches = LatentBatches(*posterior, c.batch, derive(c.seed, "batches", 2), self.part)
+        schedule = self._schedule(c.epochs2, c.lr2, c.lr_halve2, batches)
+        balance = balances[c.balance]
+        # A rule with a target in the images' units says nothing about latents.
+        loss = self._loss(balances["computed"] if balance.images_only else balance, 1.0, False, schedule)
         return LatentStage(
-            c, self.model, VAEObjective(self._loss(1.0, False), self.amp), batches,
-            self._schedule(c.epochs2, c.lr2, c.lr_halve2, batches), self._noise(2),
+            c, self.model, VAEObjective(loss, self.amp), batches, schedule, self._noise(2),
             posterior, test, val, self.scorer, self.world,
         )  # fmt: skip
 
     def _encode(self, images: Images) -> Posterior:
         return encode_images(self.model.stage1, images, self.world)
 
-    def _image_loss(self) -> GaussianVAELoss:
-        return self._loss(self.config.resolved_kl_weight(), True)
-
-    def _loss(self, kl_weight: float, logits: bool) -> GaussianVAELoss:
-        # With several ranks the step moves the balance, from all ranks' parts.
-        build = balances[self.config.balance].build
-        loss = build(self.config, kl_weight=kl_weight, logits=logits, accumulate=self.world.size > 1)
+    def _loss(self, balance: Part, kl_weight: float, logits: bool, schedule: Schedule) -> GaussianVAELoss:
+        # With several ranks the step moves the balance, from the means over all of them.
+        ranks = self.world.size > 1
+        loss: GaussianVAELoss = balance.build(
+            self.config, kl_weight=kl_weight, logits=logits, total_steps=schedule.steps, manual=ranks
+        )
+        if ranks:
+            loss.pool = lambda figures: self.world.mean_(figures.clone())
         return loss.to(self.device)
 
     def _noise(self, number: int) -> Noise:

@@ -1,11 +1,9 @@
 """The stage over images: a VAE of encoder and decoder, trained on uint8 images."""
 
-import itertools
 import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bvae import ops
 from bvae.batches.mapped import Images
@@ -13,10 +11,12 @@ from bvae.batches.resident import Batches
 from bvae.config import Config
 from bvae.data import Dataset
 from bvae.data.shapes import FACTOR_TYPES
+from bvae.engine.graph import Repeated
 from bvae.metrics.fid_scores import FIDScorer
 from bvae.metrics.latent import factor_correlation, inactive, latent_variances
 from bvae.metrics.scores import Scores, score_images
-from bvae.models.norm import recompute_statistics
+from bvae.models.half import Copies, halved_weights
+from bvae.models.norm import MeanStatistics
 from bvae.models.vae import VAE
 from bvae.seeds import derive
 from bvae.stages.base import Progress, Schedule, Scored, Stage
@@ -24,6 +24,9 @@ from bvae.stages.objective import Noise, Objective
 from bvae.two_stage import TwoStageVAE
 from bvae.world import World
 
+SETTLED = 0.45, 0.55  # of sse/(2 gamma2 D), which is 1/2 where gamma2 is the error
+FOLLOWING = ("computed", "learned", "optimal")  # balances whose gamma2 follows the error
+LONG = 5  # epochs
 EPOCH_BN_BATCHES = 50  # enough for a point on a curve; the final figures take --bn-batches
 
 
@@ -74,6 +77,11 @@ class ImageStage(Stage):
         self.amp = amp
         self.scorer = fid
         self.world = world
+        self.unsettled = 0
+        self._statistics = MeanStatistics(self.model)
+        self._copies = Copies(halved_weights(self.model) if amp else [])
+        self._rng = torch.zeros_like(noise.rng)
+        self._pass = Repeated(self._next_statistics, noise.rng.device, config.graph)
 
     def score(self) -> Scored:
         record: dict[str, Any] = {}
@@ -92,6 +100,18 @@ class ImageStage(Stage):
         # Of a deterministic family, the error alone.
         return Scored(record, bound(elements, chosen.figures["mse_sampled"], chosen.figures.get("kl", 0.0)))
 
+    def remark(self, record: dict[str, Any]) -> str | None:
+        """A word, once, where a gamma that follows the error has been off it for long."""
+        balance = record.get("balance", 0.5)
+        settled = SETTLED[0] <= balance <= SETTLED[1] or self.config.balance not in FOLLOWING
+        self.unsettled = 0 if settled else self.unsettled + 1
+        if self.unsettled != LONG:
+            return None
+        return (
+            f"sse/(2 gamma2 D) is {balance:.2f}, outside {SETTLED[0]:.2f}-{SETTLED[1]:.2f} for {LONG} epochs: gamma "
+            "has not settled (docs/method.md says when it does)"
+        )
+
     def fid(self) -> dict[str, Any]:
         return {} if self.scorer is None else self.scorer.curve(self.whole, 1, self.config.seed)
 
@@ -100,23 +120,31 @@ class ImageStage(Stage):
 
     def recompute(self, count: int) -> None:
         """Batch-norm statistics over `count` training batches under the weights as they are, unless --bn ema."""
-        if self.config.bn == "ema":
+        if self.config.bn == "ema" or not self._statistics.norms:
             return
-        epochs = (self.batches.epoch(-1 - i) for i in itertools.count())  # shuffles that training does not use
-        inputs = (x for x, _ in itertools.islice(itertools.chain.from_iterable(epochs), count))
-        rng = ops.make_rng(derive(self.config.seed, "recompute"), self.noise.rng.device)
-
-        def forward(x: Tensor) -> None:
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-                z, log_sigma = self.model.encode(x)
-                if log_sigma is not None:
-                    z = ops.sample_kl(z, log_sigma, rng, first_sample=self.noise.first_sample).z
-                self.model.decoder(z)
-
-        if recompute_statistics(self.model, inputs, forward) and self.world.size > 1:
+        self._rng.copy_(ops.make_rng(derive(self.config.seed, "recompute")))
+        self._copies.renew()
+        with torch.no_grad(), self._copies, self._statistics:
+            for i in range(count):
+                epoch, first = divmod(i, self.batches.steps)
+                if first == 0:
+                    self.batches.begin(-1 - epoch)  # shuffles that training does not use
+                self.batches.fetch()
+                self._pass()
+        if self.world.size > 1:
             buffers = [b for b in self.model.buffers() if b.dtype == torch.float32 and b.is_contiguous()]
             for buffer, mean in zip(buffers, self.world.means(buffers), strict=True):
                 buffer.copy_(mean)
+
+    def _next_statistics(self) -> None:
+        """One batch for `recompute`."""
+        x, _ = self.batches.draw()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+            z, log_sigma = self.model.encode(x)
+            if log_sigma is not None:
+                z = ops.sample_kl(z, log_sigma, self._rng, first_sample=self.noise.first_sample).z
+            self.model.decoder(z)
+        self._statistics.add()
 
     def finish(self, progress: Progress) -> dict[str, Any]:
         """Recomputes the batch-norm statistics, then measures the stage on the whole test set."""

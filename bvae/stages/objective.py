@@ -122,7 +122,9 @@ class VAEObjective:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             mu, log_sigma = model.encode(x)
             assert log_sigma is not None
-            z, kl, moments = ops.sample_kl(mu, log_sigma, noise.rng, first_sample=noise.first_sample)
+            per_latent = self.loss.per_latent
+            drawn = ops.sample_kl(mu, log_sigma, noise.rng, first_sample=noise.first_sample, per_latent=per_latent)
+            z, kl, moments = drawn
             recon = model.decoder(z)
             kl = self.divergence(model, z, mu, log_sigma, kl)
         loss = self.loss(recon, target, kl=kl, latents=mu.shape[1])
@@ -143,16 +145,16 @@ class VAEObjective:
         return loss.loss, []
 
     def state(self) -> dict[str, Tensor]:
-        return dict(self.loss.named_buffers())
+        return self.loss.state()
 
     def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         return self.loss.named_parameters()
 
     def pooled(self, parts: Tensor) -> None:
-        self.loss.follow(parts[self.parts.index("mse")])
+        self.loss.follow(parts[self.parts.index("mse")], parts[self.parts.index("kl")])
 
     def figures(self) -> dict[str, Tensor]:
-        return {"gamma2": self.loss.current_gamma2()}
+        return {"gamma2": self.loss.current_gamma2(), **self.loss.extras()}
 
     def train(self, mode: bool = True) -> object:
         return self.loss.train(mode)

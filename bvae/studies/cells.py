@@ -118,7 +118,7 @@ class Scope:
         row, steps = planned.row, []
         device = ("--device", o.device)
         for name in of_seed(row.priors, cell.seed):
-            if not exists(folder / "priors" / f"{name}.safetensors"):
+            if not exists(prior_file(folder, name)):
                 steps.append(
                     Step(f"prior {name}", _module("bvae.prior", str(folder), name, "--seed", str(cell.seed), *device))
                 )
@@ -129,15 +129,15 @@ class Scope:
         images = ("--fid-num", str(o.fid_num), "--allow-few")
         there = scores(folder, o)
         missing = [name for name in self.parts(row, cell.seed) if name not in there]
-        if missing:
-            command = _module("bvae.evaluate", str(folder), *scoring, *images, "--only", *missing)
-            steps.append(Step("FIDs", command))
-        for name in of_seed(row.priors, cell.seed):
-            if f"gen_{name}" not in there:
-                prior = ("--prior", name, "--only", f"gen_{name}")
-                steps.append(Step(f"FID of {name}", _module("bvae.evaluate", str(folder), *scoring, *images, *prior)))
+        fitted = [name for name in of_seed(row.priors, cell.seed) if exists(prior_file(folder, name))]
+        priors = [name for name in fitted if f"gen_{name}" not in there]
+        if missing or priors:
+            more = (*(("--prior", ",".join(priors)) if priors else ()), "--only", *missing)
+            steps.append(Step("FIDs", _module("bvae.evaluate", str(folder), *scoring, *images, *more)))
         kept = read_quality(folder, o)
-        quality = [n for n in of_seed(row.quality, cell.seed) if self._has(row, n) and n not in kept]
+        unfitted = [name for name in row.priors if name not in fitted]
+        wanted = [name for name in of_seed(row.quality, cell.seed) if self._has(row, name)]
+        quality = [name for name in wanted if name not in kept and name not in unfitted]
         if quality:
             command = _module("bvae.studies.quality", str(folder), *quality, *scoring, "--num", str(o.fid_num))
             steps.append(Step("precision and recall", command))
@@ -153,7 +153,7 @@ class Scope:
             wanted["samples"] = (out / f"{study.name}.npz", ("--stage", "2"))
         for row in self.plan.readers(cell):
             prior = row.read.get("fid", "").removeprefix("gen_")
-            if prior in self.row(cell).row.priors:
+            if prior in self.row(cell).row.priors and exists(prior_file(folder, prior)):
                 wanted[f"samples of {prior}"] = (samples_picture(out, row.slug), ("--prior", prior, "--columns", "8"))
         command = ("bvae.sample", str(folder), "--num", "64", "--device", self.options.device, "--out")
         return [
@@ -198,6 +198,10 @@ def of_seed(names: Mapping[str, int | None], seed: int) -> list[str]:
 
 def _module(name: str, *rest: str) -> tuple[str, ...]:
     return (sys.executable, "-m", name, *rest)
+
+
+def prior_file(folder: Path, name: str) -> Path:
+    return folder / "priors" / f"{name}.safetensors"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def test_every_op_is_measured(tool, device, tmp_path, capsys):
     report = json.loads(path.read_text())
     assert {"command", "device", "versions", "commit", "copy_bytes_per_s", "results"} <= report.keys()
     measured = {(r["op"], r["type"]) for r in report["results"]}
-    both = {"balanced_loss", "balanced_loss backward", "gather", "adam"}
+    both = {"balanced_loss", "balanced_loss backward", "gather", "batch_norm_relu", "batch_norm_relu backward", "adam"}
     assert measured == {(op, t) for op in both for t in ("bf16", "fp32")} | {
         ("sample_kl", "fp32"),
         ("sample_kl backward", "fp32"),
@@ -66,5 +66,6 @@ def test_bytes_are_those_that_must_move(tool):
     cpu = torch.device("cpu")
     assert [c.bytes for c in tool.sample_cases(10, 8, "", cpu)] == [80 * 12, 80 * 20]
     assert [c.bytes for c in tool.loss_cases(2, 4, "bf16", "", cpu)] == [96 * 3, 96 * 5]
+    assert [c.bytes for c in tool.norm_cases(2, 4, 8, "bf16", "", cpu)] == [512 * 2 * 3, 512 * 2 * 5]
     assert tool.gather_case(2, 4, 5, "fp32", "", cpu).bytes == 96 * 6
     assert [tool.adam_case(4, 3, t, "", cpu).bytes for t in ("bf16", "fp32")] == [60 * 28] * 2

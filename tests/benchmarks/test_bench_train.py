@@ -45,6 +45,7 @@ class Here:
 
     def __init__(self, name, recipe, stage, device, quick):
         bench.FACTS.clear()
+        self.name = name
         self.run = bench.contestant(name, bench.configure(recipe, quick), stage, torch.device(device))
         self.facts = dict(bench.FACTS)
 
@@ -74,6 +75,41 @@ def test_a_quick_measurement_and_its_table(tmp_path, monkeypatch, needs_extensio
     assert f"| {report['cpu']['bvae']:,.0f} |" in text
     for bf16 in (True, False):
         assert ("all train in fp32" in table.describe_train({**report, "bf16": bf16})) is not bf16
+
+
+class Timed:
+    """A bench.Contestant of a machine that becomes slower with every turn; the first steps take long."""
+
+    turns = 0
+
+    def __init__(self, name, step):
+        self.name, self.step, self.asked, self.ended = name, step, [], False
+
+    def time(self, steps):
+        self.asked.append(steps)
+        Timed.turns += 1
+        warm = 0.05 * (len(self.asked) == 1)
+        return warm + steps * self.step * (1 + 0.01 * Timed.turns)
+
+    def end(self):
+        self.ended = True
+        return {"peak_memory_mib": 1.0}
+
+
+def test_each_contestant_has_its_figures_once_it_is_through():
+    """They are compared in turns beside each other, of the length that was asked for whatever a step takes."""
+    ours, quick, slow = Timed("bvae", 1e-4), Timed("plain", 5e-4), Timed("compile", 2e-2)
+    told = bench.measure(iter([ours, quick, slow]), batch=10, rounds=3, seconds=2.0)
+    name, first = next(told)
+    assert name == "bvae" and first["bvae_is_faster_by"] == 1 and "peak_memory_mib" not in first
+    assert not quick.asked, "which is not yet begun"
+    name, figures = next(told)
+    assert name == "plain" and quick.ended and not slow.asked
+    assert figures["bvae_is_faster_by"] == pytest.approx(5, rel=0.03)
+    assert 1.5 < quick.asked[-1] * quick.step < 3 and sum(quick.asked[:-3]) * quick.step >= 1
+    (name, figures), (last, whole) = told
+    assert name == "compile" and figures["bvae_is_faster_by"] == pytest.approx(200, rel=0.03)
+    assert last == "bvae" and ours.ended and whole["peak_memory_mib"] == 1 and len(ours.asked) > 9
 
 
 def test_tables_stand_between_their_markers():

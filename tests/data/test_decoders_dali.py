@@ -1,14 +1,16 @@
 """DALI as the decoder: Pillow's pixels, whatever else is in the batch."""
 
+import contextlib
 import io
 import sys
+import types
 
 import numpy as np
 import pytest
 from decoder_samples import Held, encode, mixed_items, picture
 from PIL import Image
 
-from bvae.data.decoders import open_decoder
+from bvae.data.decoders import dali, open_decoder
 from bvae.data.decoders.dali import DaliDecoder, cut_chunk, dali_installed
 from bvae.data.decoders.pillow import PillowDecoder
 from bvae.data.recipe import FILTERS, Recipe
@@ -184,3 +186,32 @@ def test_a_broken_dali_is_no_reason_to_stop(monkeypatch):
         assert decoder.name.startswith("pillow") and "DALI cannot be loaded" in decoder.why
         image = Image.fromarray(picture())
         assert len(next(decoder.run([[Held("a", encode(image, "PNG"))]])).kept) == 1
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "mixed"])
+def test_the_gpu_fills_in_chroma_as_libjpeg_does_where_dali_can(monkeypatch, known, device):
+    """On a stand-in for DALI, which has no GPU here: its argument is asked for by its name."""
+    asked = []
+
+    def image_slice(encoded, **options):
+        asked.append(options)
+
+    image_slice.__doc__ = "jpeg_fancy_upsampling : bool, optional" if known else "affine : bool, optional"
+
+    class Pipeline(contextlib.nullcontext):
+        def __init__(self, **options):
+            super().__init__()
+
+        def set_outputs(self, crops): ...
+        def build(self): ...
+
+    stand_in = types.SimpleNamespace(
+        __version__="0", Pipeline=Pipeline, external_source=lambda **options: None,
+        decoders=types.SimpleNamespace(image_slice=image_slice), UINT8=0, INT32=0, RGB=0,
+    )  # fmt: skip
+    monkeypatch.setattr(dali, "dali_installed", lambda: True)
+    monkeypatch.setattr(dali.importlib, "import_module", lambda name: stand_in)
+    with DaliDecoder(Recipe(size=8, channels=3), 1, device, "") as decoder:
+        decoder._build(2)
+    assert all(("jpeg_fancy_upsampling" in options) == (known and device == "mixed") for options in asked) and asked

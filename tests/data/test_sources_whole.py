@@ -5,6 +5,7 @@ import pickle
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,12 +13,14 @@ from pictures import encode, faces, picture, write_folder, write_tar, write_zip
 from PIL import Image
 from refusals import refused
 
+from bvae.config import PRESETS
 from bvae.data import Store, archive, cifar, load, prep
 from bvae.data.archive import open_source
 from bvae.data.decoders.pillow import _check_depth as check_depth
 from bvae.data.decoders.pillow import decode_image
 from bvae.data.recipe import Recipe, Rejected
 from bvae.data.splits import TEST, TRAIN, VAL, make_plan
+from bvae.run.data import load_data
 
 PNG = encode(picture())
 
@@ -80,12 +83,10 @@ def deep(kind):
     if kind == "SGI":
         header = struct.pack(">HBBHHHHII", 474, 0, 2, 3, 4, 4, 3, 0, 65535)
         return header.ljust(512, b"\0") + bytes(4 * 4 * 3 * 2)
-    if kind == "JPEG2000":
-        data = bytearray(encode(picture(), "JPEG2000", no_jp2=True))
-        at = data.index(b"\xff\x4f\xff\x51") + 42
-        data[at] = data[at + 3] = data[at + 6] = 9
-        return bytes(data)
-    raise NotImplementedError
+    data = bytearray(encode(picture(), "JPEG2000", no_jp2=True))
+    at = data.index(b"\xff\x4f\xff\x51") + 42
+    data[at] = data[at + 3] = data[at + 6] = 9
+    return bytes(data)
 
 
 def test_an_avif_of_10_bits_is_rejected():
@@ -452,3 +453,21 @@ def test_celebas_preset_and_the_options_old_and_new_names(tmp_path, capsys):
     assert (
         first.digest == second.digest and first.train.shape[1:] == (64, 64, 3) and first.meta["recipe"]["crop"] == 128
     )
+
+
+def test_the_trainers_options_are_those_of_preparing(tmp_path):
+    for folder in ("apple", "train"):
+        write_folder(tmp_path / "s" / folder, {f"{n}.png": PNG for n in range(5)})
+    config = PRESETS["shapes"]
+
+    def counts(**options):
+        data = load_data(replace(config, data=str(tmp_path / "s"), side=16, **options), quiet=True)
+        return len(data.train), len(data.test)
+
+    refused(lambda: counts(), "--partition none")
+    assert counts(partition="none") == (9, 1) and counts(partition="folders") == (4, 1)
+    assert counts(split="0.5,0,0.5") == (5, 5)
+    refused(lambda: counts(split="1,1"), "--split", "1,1")
+    lines = [f"{folder}/{n}.png,{2 * (n == 0)}\n" for folder in ("apple", "train") for n in range(5)]
+    (tmp_path / "list.csv").write_text("".join(lines))
+    assert counts(partition=str(tmp_path / "list.csv")) == (8, 2)

@@ -416,3 +416,46 @@ def test_a_run_stopped_in_mid_epoch_ends_as_if_it_had_not(deterministic, tmp_pat
     stage1 = [name for name in again if name.startswith("stage1.")]
     assert stage1
     assert [name for name in stage1 if not torch.equal(whole[name], again[name])] == []
+
+
+# ---- a program that is repeated -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_repeated_program_is_recorded_after_it_has_warmed_up(monkeypatch, wanted):
+    done = []
+
+    def record(program):
+        done.append("recorded")
+        return lambda: done.append("replayed")
+
+    monkeypatch.setattr(graph, "on_cuda", lambda device: True)
+    monkeypatch.setattr(graph, "_recording", lambda: contextlib.nullcontext(record))
+    again = graph.Repeated(lambda: done.append("run"), torch.device("cpu"), wanted)
+    for _ in range(graph.WARM_UP + 2):
+        again()
+    later = ["recorded", "replayed", "replayed"] if wanted else ["run", "run"]
+    assert done == ["run"] * graph.WARM_UP + later
+
+
+def test_a_repeated_program_that_cannot_be_recorded_is_run(monkeypatch):
+    done, tries = [], []
+
+    def fail(program):
+        tries.append(program)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graph, "on_cuda", lambda device: True)
+    monkeypatch.setattr(graph, "_recording", lambda: contextlib.nullcontext(fail))
+    again = graph.Repeated(lambda: done.append("run"), torch.device("cpu"), True)
+    for _ in range(graph.WARM_UP + 3):
+        again()
+    assert len(done) == graph.WARM_UP + 3 and len(tries) == 1
+
+
+def test_on_a_cpu_nothing_is_recorded():
+    done = []
+    again = graph.Repeated(lambda: done.append("run"), torch.device("cpu"), True)
+    for _ in range(graph.WARM_UP + 2):
+        again()
+    assert len(done) == graph.WARM_UP + 2

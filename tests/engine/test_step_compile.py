@@ -279,12 +279,27 @@ def test_a_long_stage_takes_what_is_faster(traced, clock, monkeypatch, stage, fa
 
 def test_a_stage_that_compilation_would_not_pay_for_is_left_as_it_is(traced, clock):
     batches, step = make()
-    clock.seconds = {False: 0.99 * MIN_STAGE_SECONDS["cpu"] / MIN_STAGE_STEPS, True: 0.0}
+    clock.seconds = {False: 0.99 * MIN_STAGE_SECONDS / MIN_STAGE_STEPS, True: 0.0}
     way, said = choose(batches, step, MIN_STAGE_STEPS)
     assert not way.compiled and not said
     assert clock.steps[True] == 0
     clock.seconds[False] *= 1.02
     assert choose(batches, step, MIN_STAGE_STEPS)[0].compiled
+
+
+def test_quick_steps_are_timed_for_as_long_as_slow_ones(traced, clock):
+    """A turn is of seconds, not of so many steps: a GPU takes a hundred in a fraction of one."""
+    clock.seconds = {False: 1e-4, True: 1e-4}
+    asked = []
+    timed = compiling._seconds
+
+    def note(runner, batches, step, steps):
+        asked.append(steps)
+        return timed(runner, batches, step, steps)
+
+    compiling._seconds = note  # which the fixture puts back
+    choose(*make(), round(1.1 * MIN_STAGE_SECONDS / 1e-4))
+    assert max(asked) * 1e-4 == pytest.approx(compiling.TURN, rel=0.01)
 
 
 def test_a_stage_of_few_steps_is_not_even_timed(traced, clock):

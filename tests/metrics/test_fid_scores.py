@@ -143,6 +143,7 @@ def test_evaluation_measures_those_alone_that_are_asked_for(
 
     everything = measured()
     (tmp_path / "run" / "results.json").unlink()
+    assert measured("--only") == {}
     assert measured("--only", "gen2") == {"gen2": everything["gen2"]}
     assert measured("--only", "rec", "gen1") == {name: everything[name] for name in ("rec", "gen1")}
     kept = json.loads((tmp_path / "run" / "results.json").read_text())["fid"]["tf1"]

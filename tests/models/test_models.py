@@ -6,7 +6,13 @@ import torch
 from torch import nn
 
 from bvae.config import PRESETS, Config
-from bvae.models.norm import BatchNorm2d, batch_norms, recompute_statistics
+from bvae.models.norm import (
+    BatchNorm2d,
+    MeanStatistics,
+    batch_norms,
+    frozen_statistics,
+    recompute_statistics,
+)
 from bvae.models.vae import count_parameters, first_stage, penalised_modules, second_stage
 
 
@@ -266,10 +272,47 @@ def test_a_failing_batch_leaves_mode_and_momentum():
     def fail(x):
         raise RuntimeError("out of memory")
 
+    before = copy.deepcopy(net.state_dict())
     with pytest.raises(RuntimeError, match="out of memory"):
         recompute_statistics(net, drifting(2), fail)
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
     assert not any(m.training for m in net.modules())
     assert [n.momentum for n in batch_norms(net)] == pytest.approx([1e-3] * 3)
+
+
+def test_one_mean_of_statistics_serves_again():
+    """On tensors that stay where they are, as a recorded pass needs; torch's own batch norm is among them."""
+    again, anew = small_net().append(nn.BatchNorm2d(5)), small_net().append(nn.BatchNorm2d(5))
+    mean = MeanStatistics(again)
+    places = [t.data_ptr() for t in (*mean.totals, *mean.buffers)]
+    for seed in (0, 1):
+        batches = drifting(4, seed=seed)
+        recompute_statistics(anew, batches, anew)
+        with torch.no_grad(), mean:
+            for x in batches:
+                again(x)
+                mean.add()
+        for name, t in anew.state_dict().items():
+            torch.testing.assert_close(again.state_dict()[name], t, msg=name)
+        assert all(n.running_weight == 1 for n in batch_norms(again))
+    assert places == [t.data_ptr() for t in (*mean.totals, *mean.buffers)]
+    before = copy.deepcopy(again.state_dict())
+    with mean:
+        pass
+    assert all(torch.equal(t, before[name]) for name, t in again.state_dict().items())
+
+
+def test_frozen_statistics_are_those_of_the_beginning():
+    net = small_net()
+    net(drifting(1)[0])
+    net.eval()
+    x = drifting(1, seed=3)[0]
+    expected = net(x)
+    with frozen_statistics(net):
+        for n in batch_norms(net):
+            n.running_mean += 1
+        assert torch.equal(net(x), expected)
+    assert not torch.equal(net(x), expected)
 
 
 def test_recomputing_after_nan_statistics_forgets_them():

@@ -19,8 +19,9 @@ from bvae.evaluate import main as evaluate
 from bvae.models.layers import Heads, SpectralDense
 from bvae.models.vae import first_stage
 from bvae.run.folder import Run
-from bvae.stages.base import Plateau
+from bvae.stages.base import Plateau, Schedule
 from bvae.train import parse, summary
+from bvae.two_stage import TwoStageVAE
 
 DETERMINISTIC = [name for name in families.names if families[name].deterministic]
 SHORT = {"epochs": 2, "epochs2": 1, "batch": 20, "hidden": 8, "latents": 3, "lr": 1e-3, "bn_batches": 3, "side": 8}
@@ -193,6 +194,7 @@ def test_a_presets_balance_is_ignored():
         (["--family", "rae-gp", "--gradient-penalty", "inf"], "--gradient-penalty must be a number of at least 0"),
         (["--family", "wae-mmd", "--batch", "1"], "--batch 1 has no pair"),
         (["--family", "vamp", "--pseudo-inputs", "1"], "--pseudo-inputs must be from 2 to 65536, not 1"),
+        (["--family", "vamp", "--balance", "free-bits"], "--balance free-bits needs the KL of each latent"),
         (["--family", "rae-sn"], "needs a decoder with spectral norm"),
         (["--family", "rae-sn", "--network", "rae"], "needs a decoder with spectral norm"),
         (["--family", "wgan"], "--family wgan: there is no such family; choose from vae, ae"),
@@ -213,19 +215,40 @@ def test_a_deterministic_network_has_no_parameters_for_sigma():
         assert ae.encode(x).log_sigma is None and vae.encode(x).log_sigma.shape == (2, 3)
 
 
+def test_the_kl_of_each_latent_reaches_the_balance_of_info_vae(tmp_path):
+    config = config_of("info-vae", balance="free-bits", epochs=1, epochs2=0)
+    for bits, clipped in ((0.0, 0.0), (50.0, 1.0)):
+        given = dataclasses.replace(config, options={"free_bits": bits, "mmd": 0.0}).validate()
+        record = trained(given, tmp_path / f"{bits}").run_folder.records[0]
+        assert record["clipped_latents"] == clipped
+        counted = 3 * bits if clipped else record["kl"]
+        assert record["loss"] - record["nll"] == pytest.approx(counted, rel=1e-3)
+
+
+def test_the_model_passes_its_code_where_it_is_deterministic():
+    model = TwoStageVAE(config_of("ae", network="resnet", **SMALL)).train()
+    x = torch.rand(4, 1, 8, 8)
+    recon, mu, log_sigma = model(x)
+    assert log_sigma is None and recon.shape == x.shape and mu.shape == (4, 3)
+    recon.sum().backward()
+    assert model.stage1.encoder.mu.weight.grad.abs().sum() > 0
+    assert model.encode(x).log_sigma is None
+
+
 # ---- plateaus -------------------------------------------------------------------------------------------------------
 
 
 def test_a_plateau_is_n_epochs_without_a_better_score():
-    plateau, factors = Plateau(3), []
+    plateau, halvings = Plateau(3), []
     for epoch, better in enumerate([True, False, True, False, False, False, False, False, False, True, False], 1):
         plateau.score(epoch, better)
-        factors.append(plateau.factor)
-    assert factors == [1, 1, 1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25]
+        halvings.append(plateau.halvings)
+    assert halvings == [0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [Schedule(9, 1e-3, 4, 90).lr_in(5, n) for n in (0, 1, 2)] == pytest.approx([5e-4, 2.5e-4, 1.25e-4])
     never = Plateau(0)
     for epoch in range(1, 50):
         never.score(epoch, False)
-    assert never.factor == 1
+    assert never.halvings == 0
 
 
 def test_plateaus_halve_the_learning_rate_and_are_resumed(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The objectives of the families against their definitions in float64: values, gradients, estimates."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -222,6 +223,11 @@ def test_wae_mmd():
     model = autoencoder()
     figures, _ = agrees(WAEObjective(5), model, defined)
     assert figures["mmd"] == pytest.approx(slow_mmd(model.encoder(images()[0].double()), normal(B, K)).item(), rel=1e-4)
+
+
+def test_the_codes_of_several_ranks_are_not_compiled():
+    step = Step(autoencoder(), WAEObjective(5, world=SimpleNamespace(size=2)), noise(), 0, False)
+    assert step.compile(*images()).startswith("the family's MMD")
 
 
 @pytest.mark.parametrize("make", [lambda: FixedGammaLoss(gamma=0.4, kl_weight=2.0), LearnedGammaLoss])

@@ -52,7 +52,7 @@ def train(argv: list[str]) -> None:
 def evaluate(argv: list[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
-    parser.add_argument("--only", nargs="+")
+    parser.add_argument("--only", nargs="*")
     parser.add_argument("--fid-num", type=int)
     parser.add_argument("--precision")
     parser.add_argument("--prior")
@@ -60,7 +60,10 @@ def evaluate(argv: list[str]) -> None:
     results = json.loads((args.run / "results.json").read_text())
     mse = results["stage1"]["mse_sampled"]
     fids = results.setdefault("fid", {}).setdefault("tf1", {"n": args.fid_num, "precision": args.precision})
-    fids |= {name: 1000 * mse + 5 * len(name) for name in args.only}
+    fids |= {
+        name: 1000 * mse + 5 * len(name)
+        for name in (*args.only, *(f"gen_{p}" for p in (args.prior or "").split(",") if p))
+    }
     write(args.run, results)
 
 

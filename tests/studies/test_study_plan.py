@@ -1,5 +1,6 @@
 """The studies as data, and what a command line makes of them."""
 
+import json
 import re
 from pathlib import Path
 
@@ -152,6 +153,24 @@ def test_the_commands_of_a_cell_are_what_their_programs_take(tmp_path: Path) -> 
     args = evaluate.parse(list(step.command[3:]))
     assert (args.only, args.fid_num, args.precision, args.allow_few) == (["rec", "gen1", "gen2"], 10_000, "fp32", True)
     assert scope.next_step(cell, {}, skip=["FIDs"]) is None
+
+    found = {"rec": 1.0, "gen1": 1.0, "gen2": 1.0, "n": 10_000, "precision": "fp32"}
+    results = {"stage1": {}, "stage2": {}, "fid": {"tf1": found}}
+    priors = Scope(make_plan(STUDIES["priors"], o))
+    (cell, _) = priors.plan.cells()
+    (priors.folder(cell) / "priors").mkdir(parents=True)
+    (priors.folder(cell) / "results.json").write_text(json.dumps(results))
+    step = priors.next_step(cell, {})
+    assert step is not None and step.command[1:3] == ("-m", "bvae.prior") and step.what == "prior gaussian"
+    for name in ("gaussian", "gmm"):  # the third could not be fitted: the others are scored all the same
+        (priors.folder(cell) / "priors" / f"{name}.safetensors").touch()
+    skip = ["prior flow-matching", *(f"samples of {name}" for name in ("gaussian", "gmm"))]
+    step = priors.next_step(cell, {}, skip)
+    assert step is not None and step.what == "FIDs"
+    args = evaluate.parse(list(step.command[3:]))
+    assert (args.prior, args.only) == ("gaussian,gmm", [])
+    step = priors.next_step(cell, {}, [*skip, "FIDs"])
+    assert step is not None and step.command[4:9] == ("normal", "second-stage", "gaussian", "gmm", "floor")
 
 
 def test_bvae_train_is_asked_what_it_takes() -> None:

@@ -159,11 +159,15 @@ class DaliDecoder(Decoder):
             device_id=DEVICE if self.device == "mixed" else None,
             prefetch_queue_depth=1,
         )
+        decode = self._fn.decoders.image_slice
+        # What makes the GPU's decoder fill in chroma as libjpeg does; older ones have no such argument.
+        fancy = "jpeg_fancy_upsampling"
+        options = {fancy: True} if self.device == "mixed" and fancy in (decode.__doc__ or "") else {}
         with pipeline:
             encoded = self._fn.external_source(name="encoded", device="cpu", ndim=1, dtype=self._types.UINT8)
             start = self._fn.external_source(name="start", device="cpu", ndim=1, dtype=self._types.INT32)
             shape = self._fn.external_source(name="shape", device="cpu", ndim=1, dtype=self._types.INT32)
-            crops = self._fn.decoders.image_slice(
+            crops = decode(
                 encoded,
                 start=start,
                 shape=shape,
@@ -171,6 +175,7 @@ class DaliDecoder(Decoder):
                 device=self.device,
                 output_type=self._types.RGB,
                 adjust_orientation=False,  # none that is plain has one
+                **options,
             )
             pipeline.set_outputs(crops)
         try:

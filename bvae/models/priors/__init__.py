@@ -17,20 +17,25 @@ _CLASSES = {
 }
 
 
-def register_prior(name: str, home: str) -> None:
-    """Makes a prior known by its name; home: "module:class". Raises ValueError for a name that is taken."""
-    if name in _CLASSES:
-        raise ValueError(f"there is a prior {name!r} already")
-    _CLASSES[name] = home
+_ADDED: dict[str, type[Prior]] = {}
+
+
+def register_prior(prior: type[Prior]) -> None:
+    """Makes a prior known by its class's name, in this process. Raises ValueError for a name that is taken."""
+    if prior.name in _CLASSES:
+        raise ValueError(f"there is a prior {prior.name!r} already")
+    _ADDED[prior.name] = prior
 
 
 def names() -> tuple[str, ...]:
-    return tuple(_CLASSES)
+    return (*_CLASSES, *_ADDED)
 
 
 def find_prior(name: str) -> type[Prior]:
     """The class of the prior called `name`. Raises UserError where there is none."""
+    if name in _ADDED:
+        return _ADDED[name]
     if name not in _CLASSES:
-        raise UserError(f"prior {name!r}: there is no such prior; choose from {', '.join(_CLASSES)}")
+        raise UserError(f"prior {name!r}: there is no such prior; choose from {', '.join(names())}")
     module, _, attribute = _CLASSES[name].partition(":")
     return getattr(importlib.import_module(module), attribute)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from bvae.balance import BALANCES
 from bvae.config.registry import Family
 from bvae.config.settings import need
 from bvae.models.vae import VAE
@@ -41,9 +42,15 @@ def build(given: Ingredients) -> VampObjective:
 
 
 def check(config: "Config") -> None:
-    """Raises UserError for fewer than two pseudo-inputs, which batch norm could not normalise."""
+    """Raises UserError for fewer than two pseudo-inputs, which batch norm could not normalise, and for some balances.
+
+    Those that bound the KL of each latent have none here: the mixture's KL is no sum over latents.
+    """
     count = config.part(VampSettings).pseudo_inputs
     need(2 <= count <= 65_536, f"--pseudo-inputs must be from 2 to 65536, not {count}")
+    balance = BALANCES.get(config.balance)
+    per_latent = balance is not None and balance.loss.per_latent
+    need(not per_latent, f"--balance {config.balance} needs the KL of each latent, which --family vamp does not have")
 
 
 VAMP = Family("vamp", build, check, VampSettings, uses=BALANCED, title="VampPrior VAE", prior=prior)

@@ -88,6 +88,7 @@ class WAEObjective(AEObjective):
         super().__init__(amp, l2, penalised)
         self.weight = weight
         self.mmd = AggregateMMD(world)
+        self.gathers = world.size > 1  # which torch.compile cannot follow: see Step.compile
 
     def regularised(
         self, total: Tensor, model: VAE, z: Tensor, recon: Tensor, noise: Noise
@@ -117,6 +118,7 @@ class InfoVAEObjective(VAEObjective):
         super().__init__(loss, amp, l2, penalised)
         self.weight = weight
         self.mmd = AggregateMMD(world)
+        self.gathers = world.size > 1  # which torch.compile cannot follow: see Step.compile
 
     def regularised(self, loss: Loss, z: Tensor, noise: Noise) -> tuple[Tensor, list[Tensor]]:
         distance = self.mmd(z, noise)
