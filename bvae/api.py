@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bvae.config import Config, find_preset
 from bvae.config.registry import Part, networks, part_settings
+from bvae.config.settings import configure
 from bvae.data import Dataset
 from bvae.engine.interrupts import stopping
 from bvae.engine.trainer import Trainer
@@ -62,8 +63,8 @@ def fit(
         test: test images; without them one image in ten is held out, or the source's own test set is taken.
         preset: the recipe to start from.
         network: a registered name; or (encoder, decoder), or a function that makes the two. The encoder takes images
-            float [B,C,H,W] in [0,1] and gives (mu, log_sigma), each [B,k]; the decoder takes z [B,k] and gives logits
-            [B,C,H,W]. The given modules are trained in place.
+            float [B,C,H,W] in [0,1] and gives (mu, log_sigma), each [B,k], or for a deterministic family mu alone; the
+            decoder takes z [B,k] and gives logits [B,C,H,W]. The given modules are trained in place.
         out: the run's folder; runs/<preset>-<time> by default. It must not exist yet, unless `resume` is true.
         resume: go on with the run in `out`, from its last checkpoint.
         settings: as on the command line of bvae.train: latents=6, epochs=15, batch=50, kl_weight="auto", ...
@@ -73,6 +74,8 @@ def fit(
         KeyboardInterrupt: after Ctrl-C, once the state is saved; `resume=True` goes on.
     """
     folder = Path(out) if out is not None else default_folder(preset)
+    if isinstance(network, str):
+        network, settings = None, {**settings, "network": network}
     config = Run(folder).config if resume else find_preset(preset)
     config = _with_settings(config, settings)
     dataset = _dataset(train, test, config)
@@ -81,9 +84,7 @@ def fit(
         config = _with_settings(config, {"side": side, "channels": channels, **settings})
     elif dataset is None:
         config = dataclasses.replace(config, data=os.fspath(train))  # type: ignore[arg-type]
-    if isinstance(network, str):
-        config, network = dataclasses.replace(config, network=network), None
-    elif network is not None:
+    if network is not None:
         config, network = _with_network(config, network, settings)
     config = config.validate()
     if config.network not in networks and network is None:
@@ -111,8 +112,7 @@ def _with_settings(config: Config, settings: dict[str, Any]) -> Config:
     unknown = sorted(set(settings) - fields - own)
     if unknown:
         raise UserError(f"there is no setting {unknown[0]!r}; python -m bvae.train --help lists them")
-    options = {**config.options, **{name: v for name, v in settings.items() if name in own}}
-    return dataclasses.replace(config, **{n: v for n, v in settings.items() if n in fields}, options=options)
+    return configure({**config.to_dict(), **settings}, config.preset, set(settings))
 
 
 def _dataset(train: Data, test: Data | None, config: Config) -> Dataset | None:
@@ -144,7 +144,8 @@ def _with_network(config: Config, network: Network, settings: dict[str, Any]) ->
     k = latents_of(vae, config)
     if settings.get("latents", k) != k:
         raise UserError(f"latents={settings['latents']}, but the network's encoder gives {k}")
-    return dataclasses.replace(config, network=CUSTOM, latents=k), (vae.encoder, vae.decoder)
+    values = {**config.to_dict(), "network": CUSTOM, "latents": k}
+    return configure(values, config.preset, set()), (vae.encoder, vae.decoder)
 
 
 def make_trainer(
@@ -182,6 +183,8 @@ def make_trainer(
     torch.manual_seed(derive(config.seed, "weights"))
     model = TwoStageVAE(config, network).to(world.device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if state is None and model.stage1.prior is not None:
+        model.stage1.prior.begin(data.train, derive(config.seed, "pseudo-inputs"))
     amp = config.amp and has_bf16(world.device)
     return Trainer(Stages(config, data, model, amp, world), run, state, world, quiet)
 

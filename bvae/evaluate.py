@@ -22,7 +22,7 @@ from bvae.metrics.likelihood import active_units, importance_likelihood
 from bvae.metrics.protocols import DEFAULT, PROTOCOLS
 from bvae.metrics.scores import encode_images, score_images, score_latents
 from bvae.metrics.weights import HELP, find_weights, load_inception
-from bvae.models.posterior import Posterior
+from bvae.models.priors.normal import standard_normal_log_prob
 from bvae.run.data import load_data
 from bvae.run.display import following
 from bvae.run.folder import Run, load
@@ -73,6 +73,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in priors:
         check_name(name)
         sample_latents(args.run, model, name, 1, 0)  # is there one, of these weights?
+    if args.nll and model.stage1.deterministic:
+        raise UserError(f"--nll: the codes of --family {c.family} are deterministic: the likelihood cannot be bounded")
     # Weights must be there, and be the right ones, before anything takes time.
     weights = None if args.no_fid else find_weights(args.inception)
     if weights is None and not args.no_fid:
@@ -92,16 +94,18 @@ def main(argv: list[str] | None = None) -> None:
     figures["stage1"] = score_images(model.stage1, images, c.seed).figures
     if model.stage2 is not None:
         figures["stage2"] = score_latents(model.stage2, encode_images(model.stage1, images), c.seed).figures
-    mu, log_sigma = encode_images(model.stage1, images)
-    figures["active_units"] = active_units(mu)
+    posterior = encode_images(model.stage1, images)
+    figures["active_units"] = active_units(posterior.mu)
     if args.nll:
+        prior = model.stage1.prior
         likelihood = importance_likelihood(
             model.decode,
-            Posterior(mu, log_sigma),
+            posterior,
             (target for _, target in chunks(images)),
             _gamma2(args.run),
             samples=args.nll,
             seed=c.seed,
+            log_prior=standard_normal_log_prob if prior is None else prior.density(model.stage1.encoder),
         )
         figures["likelihood"] = likelihood.figures()
     if extractor is not None:

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,8 +17,8 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from bvae.api import complete, default_folder, make_trainer
 from bvae.config import PRESETS, Config, find_preset
-from bvae.config.registry import KINDS, networks, part_settings
-from bvae.config.settings import GROUPS, DataSettings, EvaluationSettings, MachineSettings, Side, flag
+from bvae.config.registry import networks, part_settings
+from bvae.config.settings import GROUPS, DataSettings, EvaluationSettings, MachineSettings, Side, configure
 from bvae.errors import Interrupted, UserError, run_command
 from bvae.files import encode_json, exists
 from bvae.machine import prepare_process
@@ -88,7 +89,7 @@ CLI_GROUPS = {**GROUPS, "data": _Data, "evaluation": _Evaluation, "machine": _Ma
 
 def _groups() -> dict[str, type]:
     """The groups of options: those of Config, then a group for each part that has settings of its own."""
-    return {**CLI_GROUPS, **{name.replace(" ", "_").replace("-", "_"): s for name, s in part_settings().items()}}
+    return {**CLI_GROUPS, **{re.sub(r"\W+", "_", name): s for name, s in part_settings().items()}}
 
 
 def _given(argv: list[str]) -> set[str]:
@@ -126,30 +127,12 @@ def parse(argv: list[str]) -> tuple[Config, RunOptions]:
     values = {f.name: getattr(getattr(arguments, n), f.name) for n, g in groups.items() for f in dataclasses.fields(g)}
     if "compile" not in _given(argv):
         values["compile"] = base.compile
-    config = _configuration(values, arguments.preset, _given(argv)).validate()
+    config = configure(values, arguments.preset, _given(argv)).validate()
     if arguments.resume is not None and arguments.out is not None:
         raise UserError("--out and --resume contradict each other: a resumed run stays in its folder")
     if config.preset not in PRESETS:
         raise UserError(f"--preset {config.preset}: there is no such preset; choose from {', '.join(PRESETS)}")
     return config, arguments
-
-
-def _configuration(values: dict[str, Any], preset: str, given: set[str]) -> Config:
-    """The configuration of parsed settings. Raises UserError for a given one that no part in use reads."""
-    defaults = {f.name: f.default for f in dataclasses.fields(Config)}
-    options: dict[str, Any] = {}
-    for kind, registry in KINDS.items():
-        chosen = registry[values[kind]]
-        for part in registry.parts():
-            for name in set(part.reads) - set(chosen.reads):
-                if name in given:
-                    able = " or ".join(p.name for p in registry.parts() if name in p.reads)
-                    raise UserError(f"--{flag(name)} needs --{kind} {able}, not {chosen.name}")
-                if name in defaults:
-                    values[name] = defaults[name]  # a preset's, for another part
-        options |= {name: values[name] for name, default in chosen.own.items() if values[name] != default}
-    shared = {name: value for name, value in values.items() if name in defaults}
-    return Config(**shared, preset=preset, options=options)
 
 
 def dry_run(config: Config) -> None:
@@ -165,12 +148,17 @@ def summary(results: dict[str, Any]) -> str:
     lines = []
     for number in (1, 2):
         r = results.get(f"stage{number}")
-        if r:
-            lines.append(
-                f"stage {number}: test mse {r['mse_sampled']:.5f} (sampled) {r['mse_mean']:.5f} (mean), "
-                f"KL {r['kl']:.2f} nats, gamma {r['gamma']:.4f}, variance law {r['variance_law']:.3f} (should be 1), "
-                f"{r['active']} active and {r['inactive']} inactive latents"
-            )
+        if not r:
+            continue
+        if "kl" not in r:  # a deterministic family: z is mu
+            lines.append(f"stage {number}: test mse {r['mse_mean']:.5f}, variance of a code {r['code_variance']:.3f}")
+            continue
+        law = f"variance law {r['variance_law']:.3f} (should be 1), " if "variance_law" in r else ""
+        lines.append(
+            f"stage {number}: test mse {r['mse_sampled']:.5f} (sampled) {r['mse_mean']:.5f} (mean), "
+            f"KL {r['kl']:.2f} nats, gamma {r['gamma']:.4f}, {law}"
+            f"{r['active']} active and {r['inactive']} inactive latents"
+        )
     if "factors" in results:
         f = results["factors"]
         lines.append(f"truth: {f['true']} factors ({', '.join(f['names'])}); {f['active']} latents are active")

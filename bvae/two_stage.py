@@ -17,6 +17,7 @@ from bvae.errors import UserError
 from bvae.files import encode_json, exists, write_atomically, writing
 from bvae.metrics.latent import latent_variances, variance_law
 from bvae.models.half import widened
+from bvae.models.posterior import Posterior
 from bvae.models.vae import Network, first_stage, second_stage
 from bvae.run import hub
 from bvae.run.checkpoint import digest, encode_tensors, read_tensors
@@ -36,7 +37,8 @@ class Reconstruction(NamedTuple):
 
     recon: Tensor
     mu: Tensor
-    log_sigma: Tensor
+    log_sigma: Tensor | None
+    """None where the code is deterministic"""
 
 
 class TwoStageVAE(nn.Module):
@@ -92,23 +94,27 @@ class TwoStageVAE(nn.Module):
     def forward(self, images: Images) -> Reconstruction:
         """A VAE's pass: images -> (recon, mu, log_sigma), with gradients, in the mode the module is in.
 
-        In training mode z = mu + sigma eps, with eps float32 from torch's global generator; in eval mode z = mu.
+        In training mode z = mu + sigma eps, with eps float32 from torch's global generator; in eval mode, and where
+        the code is deterministic, z = mu.
         `recon` holds images in [0,1]: `BalancedLoss(logits=False)(recon, images, mu, log_sigma)` is the loss to train
         with. All images go through in one batch.
         """
-        mu, log_sigma = self.stage1.encoder(self._images(images))
-        z = mu + log_sigma.exp() * torch.randn_like(mu, dtype=torch.float32) if self.training else mu
+        mu, log_sigma = self.stage1.encode(self._images(images))
+        z = mu
+        if self.training and log_sigma is not None:
+            z = mu + log_sigma.exp() * torch.randn_like(mu, dtype=torch.float32)
         return Reconstruction(self._decoded(z), mu, log_sigma)
 
     def _decoded(self, z: Tensor) -> Tensor:
         return torch.sigmoid(widened(self.stage1.decoder(z.to(_dtype(self.stage1)))))
 
     @torch.no_grad()
-    def encode(self, images: Images) -> tuple[Tensor, Tensor]:
-        """(mu, log_sigma), each [B,k] float32."""
+    def encode(self, images: Images) -> Posterior:
+        """(mu, log_sigma), each [B,k] float32; log_sigma is None where the code is deterministic."""
         self.eval()
-        encoded = [self.stage1.encoder(self._images(part)) for part in _split(images)]
-        return torch.cat([mu for mu, _ in encoded]), torch.cat([log_sigma for _, log_sigma in encoded])
+        encoded = [self.stage1.encode(self._images(part)) for part in _split(images)]
+        widths = [log_sigma for _, log_sigma in encoded if log_sigma is not None]
+        return Posterior(torch.cat([mu for mu, _ in encoded]), torch.cat(widths) if widths else None)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
@@ -122,25 +128,36 @@ class TwoStageVAE(nn.Module):
     @torch.no_grad()
     def reconstruct(self, images: Images, *, sample: bool = False, seed: int = 0) -> Tensor:
         """Images through the model: decoding mu, or with `sample` a z drawn from the posterior."""
-        mu, log_sigma = self.encode(images)
+        posterior = self.encode(images)
         rng = ops.make_rng(derive(seed, "reconstruct"), self.device)
-        return self.decode(ops.sample_kl(mu, log_sigma, rng).z if sample else mu)
+        return self.decode(posterior.draw(rng) if sample else posterior.mu)
 
     @torch.no_grad()
     def sample_latents(self, n: int, stage: int = 2, seed: int = 0, rescale: bool | None = None) -> Tensor:
         """n latents z [n,k] to decode: stage 1 draws them from N(0,I), stage 2 from the second VAE (GEN-1, GEN-2).
 
+        With a prior that was trained (--family vamp), stage 1 draws them from that, and they are not rescaled.
+
         The same seed gives the same samples on every device, up to rounding, and the first m of n are those of m.
         `rescale` overrides the recipe's choice of rescaling them. Raises UserError where stage 2 was not trained.
         """
-        u = ops.philox_normal(ops.make_rng(derive(seed, "sample"), self.device), n, self.config.latents)
+        rng = ops.make_rng(derive(seed, "sample"), self.device)
+        if stage == 1 and self.stage1.prior is not None:
+            self.eval()
+            return self.stage1.prior.sample(self.stage1.encoder, n, rng)
+        u = ops.philox_normal(rng, n, self.config.latents)
         return self.latents_from(u, stage, rescale)
 
     @torch.no_grad()
     def latents_from(self, u: Tensor, stage: int = 2, rescale: bool | None = None) -> Tensor:
-        """Standard normal u [n,k] -> latents z [n,k] to decode, as sample_latents makes them of its own noise."""
+        """Standard normal u [n,k] -> latents z [n,k] to decode, as sample_latents makes them of its own noise.
+
+        Raises ValueError for stage 1 of a model whose prior was trained: it is no map of such noise.
+        """
         if stage not in (1, 2):
             raise ValueError(f"stage must be 1 or 2, not {stage}")
+        if stage == 1 and self.stage1.prior is not None:
+            raise ValueError("the first stage's prior was trained: draw its latents with sample_latents")
         self.eval()
         z = u
         if stage == 2:
@@ -155,7 +172,9 @@ class TwoStageVAE(nn.Module):
         return self.decode(self.sample_latents(n, stage, seed, rescale))
 
     @torch.no_grad()
-    def measure_rescale(self, mu: Tensor, log_sigma: Tensor, seed: int = 0, samples: int = 10_000) -> dict[str, float]:
+    def measure_rescale(
+        self, mu: Tensor, log_sigma: Tensor | None, seed: int = 0, samples: int = 10_000
+    ) -> dict[str, float]:
         """Measures the latent rescale on the training set's posterior [N,k] and keeps it in the model.
 
         variance_loss = (mean_j Var(mu_j) - mean_j Var(z_hat_j)) / mse(mu, z_hat) with z_hat the second stage's

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import bvae
-from bvae.config.registry import balances, networks
+from bvae.config.registry import balances, families, networks
 from bvae.errors import UserError
 from bvae.models import priors
 from bvae.run.checkpoint import load_checkpoint
@@ -26,6 +26,7 @@ def examples():
     yield names
     networks.remove("pyramid")
     balances.remove("median")
+    families.remove("sparse")
     del priors._ADDED["scaled"]
 
 
@@ -51,6 +52,18 @@ def test_the_balance_trains_and_is_undone_and_resumed(examples, tmp_path):
     whole = bvae.fit(images, balance="median", out=tmp_path / "whole", **SHORT | {"epochs2": 3}, **sizes)
     for name, t in whole.model.state_dict().items():
         assert torch.equal(longer.model.state_dict()[name], t), name
+
+
+def test_the_family_trains_with_its_setting(examples, tmp_path):
+    images = examples["dataset"]["load_stripes"]()
+    sizes = {"scales": 2, "base": 2, "fc": 4, "epochs": 4, "lr": 1e-2}
+    plain, sparse = (
+        bvae.fit(images, family="sparse", code_l1=weight, out=tmp_path / f"{weight}", **SHORT | sizes | {"epochs2": 0})
+        for weight in (0.0, 100.0)
+    )
+    assert sparse.records[-1]["code_norm1"] < 0.8 * plain.records[-1]["code_norm1"]
+    assert sparse.config.options == {"code_l1": 100.0}
+    assert "kl" not in sparse.results["stage1"]
 
 
 def test_the_prior_is_fitted_saved_and_sampled(examples, tmp_path):

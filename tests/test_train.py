@@ -352,7 +352,7 @@ def test_resuming_a_finished_run_changes_nothing_and_more_epochs_go_on(run: Path
         (["--side", "24"], "--side must be a power of two"),
         (["--scales", "9"], "--scales 9 does not fit"),
         (["--channels", "2"], "--channels must be 1 or 3"),
-        (["--gamma", "0.1"], "--gamma needs --balance fixed, not computed"),
+        (["--gamma", "0.1"], "--gamma needs --balance fixed or annealed"),
         (["--balance", "guessed"], "there is no such balance; choose from computed, learned, fixed"),
         (["--network", "guessed"], "there is no such network; choose from resnet"),
         (["--balance", "fixed"], "exactly one of --gamma and --beta"),

@@ -1,5 +1,6 @@
 """Two ranks against one: what they compute together must be what one rank computes of the whole batch."""
 
+import dataclasses
 import math
 import os
 import socket
@@ -21,6 +22,9 @@ from bvae.errors import UserError
 from bvae.metrics.scores import encode_images, score_images, score_latents
 from bvae.models.norm import BatchNorm2d, batch_norms
 from bvae.models.vae import first_stage, second_stage
+from bvae.stages.families.rae_gp import GradientPenaltyObjective
+from bvae.stages.families.vamp import VampObjective
+from bvae.stages.families.wae_mmd import InfoVAEObjective, WAEObjective
 from bvae.stages.objective import Noise, VAEObjective
 from bvae.world import ALONE, Lost, World, gather
 
@@ -74,6 +78,30 @@ def trained(world, part, balance="computed", norm="batch", steps=3, poison=None)
     return {name: t.detach().clone() for name, t in kept.items()} | {"gammas": torch.stack(gammas)}
 
 
+FAMILIES = {
+    "wae-mmd": lambda world: WAEObjective(20.0, world=world),
+    "info-vae": lambda world: InfoVAEObjective(20.0, make_loss("computed", accumulate=world.size > 1), world=world),
+    "rae-gp": lambda world: GradientPenaltyObjective(0.1, 0.1),
+    "vamp": lambda world: VampObjective(make_loss("computed", accumulate=world.size > 1)),
+}
+
+
+def trained_family(world, part, family):
+    """State and model after three steps of a family, on a dense network."""
+    c = dataclasses.replace(CONFIG, network="mlp", family=family, options={"pseudo_inputs": 3})
+    torch.manual_seed(0)
+    net = first_stage(c)
+    if net.prior is not None:
+        net.prior.begin(images(9).numpy(), 1)
+    k = 0 if net.deterministic else 3
+    step = Step(net, FAMILIES[family](world), Noise(ops.make_rng(7), part.start), k, False, world)
+    step.set_lr(1e-3)
+    for seed in range(3):
+        step(*batch(seed, part))
+    kept = {f"model.{name}": t for name, t in net.state_dict().items()} | step.tensors() | gradients(net)
+    return {name: t.detach().clone() for name, t in kept.items()}
+
+
 def scores(posterior, count, world=ALONE):
     first = score_images(model(), images(count), 0, world).figures
     torch.manual_seed(0)
@@ -103,6 +131,7 @@ def rank_main(rank, folder, port):
 def computed(world):
     part = world.share(BATCH)
     results = {f"{norm} {b}": trained(world, part, b, norm) for norm in ("eval", "synchronised") for b in BALANCES}
+    results |= {family: trained_family(world, part, family) for family in FAMILIES}
     results["per rank"] = trained(world, part, steps=1)
     results["poisoned"] = trained(world, part, poison=2 if world.rank == 1 else None)
     for count in (1, 21):
@@ -189,7 +218,15 @@ def trained_half(part):
     return running | gradients(net)
 
 
-@pytest.mark.parametrize("what", [*(f"synchronised {b}" for b in BALANCES), "per rank", "poisoned"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_ranks_train_a_family_as_one_does(ranks, family):
+    """An MMD is that of the whole batch's codes; a mean over the ranks' halves would be another."""
+    alone = trained_family(ALONE, slice(0, BATCH), family)
+    largest = max(t.abs().max() for name, t in alone.items() if name.startswith("grad."))
+    close(ranks[0][family], alone, rtol=1e-3, atol=1e-5 * float(largest))
+
+
+@pytest.mark.parametrize("what", [*(f"synchronised {b}" for b in BALANCES), *FAMILIES, "per rank", "poisoned"])
 def test_all_ranks_hold_the_same_bits(ranks, what):
     a, b = ranks[0][what], ranks[1][what]
     assert [name for name in a if not torch.equal(a[name].nan_to_num(7), b[name].nan_to_num(7))] == []

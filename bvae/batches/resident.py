@@ -131,10 +131,10 @@ class LatentBatches(Batches):
     """Batches z = mu + sigma*eps of a frozen posterior, fresh noise every time; input and target are both z.
 
     Args:
-        mu, log_sigma: the posterior [N,k] float32 on the device.
+        mu, log_sigma: the posterior [N,k] float32 on the device; log_sigma None stands for sigma = 0.
     """
 
-    def __init__(self, mu: Tensor, log_sigma: Tensor, batch: int, seed: int, part: slice | None = None) -> None:
+    def __init__(self, mu: Tensor, log_sigma: Tensor | None, batch: int, seed: int, part: slice | None = None) -> None:
         super().__init__(mu.shape[0], batch, seed, mu.device, part)
         self.mu = mu
         self.log_sigma = log_sigma
@@ -143,8 +143,10 @@ class LatentBatches(Batches):
     @torch.no_grad()
     def draw(self) -> tuple[Tensor, Tensor]:
         rows = self._next_rows()
-        mu, log_sigma = self.mu.index_select(0, rows), self.log_sigma.index_select(0, rows)
-        z = ops.sample_kl(mu, log_sigma, self.rng, first_sample=self.part.start).z
+        z = self.mu.index_select(0, rows)
+        if self.log_sigma is not None:
+            log_sigma = self.log_sigma.index_select(0, rows)
+            z = ops.sample_kl(z, log_sigma, self.rng, first_sample=self.part.start).z
         return z, z
 
     def state(self) -> dict[str, Tensor]:

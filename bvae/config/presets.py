@@ -60,7 +60,7 @@ PRESETS: dict[str, Config] = {
         dataclasses.replace(_CELEBA_TABLE3, preset="celeba-4", latents=128, scales=3),
     )
 }
-PRESETS |= {name: Config(preset=name, **recipe) for name, recipe in RECIPES.items() if "family" not in recipe}
+PRESETS |= {name: Config(preset=name, **recipe) for name, recipe in RECIPES.items()}
 
 
 def find_preset(name: str) -> Config:

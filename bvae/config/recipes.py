@@ -78,8 +78,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "epochs2": 70,
         "lr_halve2": 30,
     },
-    "mnist-rae": {**_rae(32 * 32, 16, 1e-4, 1e-7), "channels": 1},
-    "cifar10-rae": _rae(3 * 32 * 32, 128, 1e-3, 1e-6),
+    "mnist-rae": {**_rae(32 * 32, 16, 1e-4, 1e-7, decoder_l2_on="transposed"), "channels": 1},
+    "cifar10-rae": _rae(3 * 32 * 32, 128, 1e-3, 1e-6, decoder_l2_on="transposed"),
     "celeba-rae": {
         **_rae(3 * 64 * 64, 64, 1e-4, 1e-7, rae_variant="celeba"),
         "side": 64,

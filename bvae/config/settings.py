@@ -33,7 +33,7 @@ MOST = {
 MAX_SIDE = 4096
 
 # Settings that define a run and came after the first runs, which did what the defaults say.
-ADDED_LATER = {"crop", "sync_bn", "network", "val"}
+ADDED_LATER = {"crop", "sync_bn", "network", "val", "family", "plateau"}
 
 
 def _free(**kwargs: Any) -> Any:
@@ -102,8 +102,11 @@ class NetworkSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class BalanceSettings:
-    """Balance of reconstruction and KL divergence."""
+    """What stage 1 minimises: the family of models, and the balance of reconstruction and KL divergence."""
 
+    family: str = "vae"
+    """vae; without noise on the codes ae, rae-l2, rae-gp, rae-sn, wae-mmd; with another KL info-vae, vamp
+    (docs/families.md)."""
     balance: str = "computed"
     """gamma computed from the running mse (the paper), learned (Dai & Wipf 2019), fixed, or another rule by name."""
     gamma: float | None = None
@@ -134,6 +137,8 @@ class ScheduleSettings:
     """Adam's learning rate in stage 1."""
     lr_halve: int = 200
     """Halve stage 1's learning rate every N epochs."""
+    plateau: int = 0
+    """Also halve it where the score of the held-out images has not improved for N epochs; needs --val (0: never)."""
     epochs2: int = _free(default=1400)
     """Epochs of stage 2; 0 trains stage 1 only."""
     lr2: float = 1e-4
@@ -251,7 +256,7 @@ class Config(
             need(getattr(self, name) >= 1, f"--{flag(name)} must be at least 1, not {getattr(self, name)}")
         for name in ("shapes_train", "shapes_test", "bn_batches", "epochs", "log_every", "eval_images"):
             need(getattr(self, name) >= 1, f"--{flag(name)} must be at least 1, not {getattr(self, name)}")
-        for name in ("epochs2", "eval_every", "fid_every", "val"):
+        for name in ("epochs2", "eval_every", "fid_every", "val", "plateau"):
             need(getattr(self, name) >= 0, f"--{flag(name)} must not be negative")
         for name, most in MOST.items():  # sizes beyond any machine are refused before they are tried
             need(getattr(self, name) <= most, f"--{flag(name)} must be at most {most}, not {getattr(self, name)}")
@@ -274,6 +279,9 @@ class Config(
             bool(self.l2) == bool(self.l2_on), "--l2 and --l2-on go together: name a weight and the kernels it acts on"
         )
         need(bool(self.epochs2) or not self.rescale, "--rescale needs a second stage: it contradicts --epochs2 0")
+        if self.plateau:
+            need(bool(self.val), "--plateau goes by the held-out images of --val: name their number")
+            need(bool(self.eval_every), "--plateau goes by the scores of epochs: it contradicts --eval-every 0")
         need(len(set(self.l2_on)) == len(self.l2_on), "--l2-on names the same kernels twice")
         if self.kl_weight == "auto":
             need(self.height == self.width, "--kl-weight auto is defined for square images only: give a number")
@@ -330,6 +338,30 @@ class Config(
                 if f.name == name:
                     return self.options.get(name, f.default)
         return self.options[name]
+
+
+def configure(values: Mapping[str, Any], preset: str, given: set[str]) -> Config:
+    """The configuration of flat settings: those of Config and, where they are not the defaults, of parts.
+
+    A value that no part in use reads is left at its default; raises UserError where it is one of the `given` ones.
+    """
+    values = dict(values)
+    defaults = {f.name: f.default for f in dataclasses.fields(Config) if f.name not in ("options", "preset")}
+    options: dict[str, Any] = {}
+    for kind, registry in KINDS.items():
+        if values[kind] not in registry and kind not in given:  # a network of modules reads whatever it reads
+            continue
+        chosen = registry[values[kind]]
+        for part in registry.parts():
+            for name in set(part.reads) - set(chosen.reads):
+                if name in given:
+                    able = " or ".join(p.name for p in registry.parts() if name in p.reads)
+                    raise UserError(f"--{flag(name)} needs --{kind} {able}, not {chosen.name}")
+                if name in defaults:
+                    values[name] = defaults[name]  # a preset's, for another part
+        options |= {name: values[name] for name, default in chosen.own.items() if values.get(name, default) != default}
+    shared = {name: value for name, value in values.items() if name in defaults}
+    return Config(**shared, preset=preset, options=options)
 
 
 def need(condition: bool, text: str) -> None:

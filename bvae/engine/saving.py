@@ -48,11 +48,13 @@ class Saver:
         """Seconds since the last checkpoint."""
         return time.monotonic() - self._saved_at
 
-    def offer(self, bound: float) -> None:
-        """Keeps the weights as they are where `bound` is the lowest so far."""
-        if bound < self.best:
+    def offer(self, bound: float) -> bool:
+        """Keeps the weights as they are where `bound` is the lowest so far; returns whether it is."""
+        better = bound < self.best
+        if better:
             self.best = bound
             self._keep_weights()
+        return better
 
     def _keep_weights(self) -> None:
         if self.world.first:
@@ -73,7 +75,7 @@ class Saver:
     def save(self, stage: Stage, step: Step, progress: dict[str, Any], results: dict[str, Any]) -> None:
         """Writes the last checkpoint, and the best one where there are new best weights.
 
-        progress: {"step", "seconds", "compiled"} of the stage.
+        progress: {"step", "seconds", "compiled", "plateau"} of the stage.
         """
         self._save(self.run, stage, step, progress, results)
 

@@ -126,6 +126,8 @@ class Step:
         """
         if any(norm.gather is not None for norm in batch_norms(self.model)):
             return "--sync-bn, which exchanges statistics in the middle of a pass"
+        if getattr(self.objective, "gathers", False):
+            return "the family's MMD, which brings the codes of all processes together in the middle of a pass"
         # A code object of its own: Dynamo keeps its results with that, and limits how many variants it keeps.
         call = type(self.objective).__call__
         own = FunctionType(

@@ -19,7 +19,7 @@ from bvae.run.checkpoint import LAST, under
 from bvae.run.folder import Run
 from bvae.run.log import RunLog
 from bvae.run.trackers import Tracker, open_tracker
-from bvae.stages.base import Progress, Stage, moment_figures
+from bvae.stages.base import Plateau, Progress, Stage, moment_figures
 from bvae.two_stage import TwoStageVAE
 from bvae.world import World
 
@@ -115,6 +115,7 @@ class Trainer:
         self.steps, self.seconds = 0, 0.0
         self.compiled: bool | None = None
         self.saver.begin_stage()
+        self.plateau = Plateau(stage.schedule.plateau)
 
     def _train(self) -> None:
         """The host looks at the device at log points, checkpoints and epoch ends only.
@@ -123,19 +124,15 @@ class Trainer:
         """
         stage, total, per_epoch = self.stage, self.stage.schedule.steps, self.stage.batches.steps
         self.log.start(
-            stage.number,
-            math.ceil(total / per_epoch),
-            per_epoch,
-            self.steps,
-            images_per_step=stage.batches.batch,
-            total_steps=total,
-        )
+            stage.number, math.ceil(total / per_epoch), per_epoch, self.steps,
+            images_per_step=stage.batches.batch, total_steps=total,
+        )  # fmt: skip
         runner: Runner | None = None
         while self.steps < total:
             epoch, first = divmod(self.steps, per_epoch)
             stage.model.train()
             stage.objective.train()
-            self.step.set_lr(stage.schedule.lr_in(epoch))
+            self.step.set_lr(stage.schedule.lr_in(epoch, self.plateau.halvings))
             with training_kernels(self.device, self.stages.amp):
                 runner = runner or self._runner()
                 stage.batches.begin(epoch, first)
@@ -199,7 +196,7 @@ class Trainer:
             "epoch": epoch,
             "step": self.steps,
             **means,
-            "lr": stage.schedule.lr_in(epoch - 1),
+            "lr": stage.schedule.lr_in(epoch - 1, self.plateau.halvings),
             "skipped": int(bad),
             "images_per_s": self._progress().samples_per_second,
             "seconds": self.seconds,
@@ -213,7 +210,9 @@ class Trainer:
         if scores:
             scored = stage.score()
             record |= scored.record
-            self.saver.offer(scored.bound)
+            better = self.saver.offer(scored.bound)
+            if self.steps % stage.batches.steps == 0:  # an epoch that --max-steps cut short may go on
+                self.plateau.score(epoch, better)
         if scores_fid:
             record |= stage.fid()
         self.step.moved.put_back()
@@ -276,12 +275,14 @@ class Trainer:
         self.saver.save(self.stage, self.step, self._state(), self.results)
 
     def _state(self) -> dict[str, Any]:
-        return {"step": self.steps, "seconds": self.seconds, "compiled": self.compiled}
+        plateau = [self.plateau.halvings, self.plateau.since]
+        return {"step": self.steps, "seconds": self.seconds, "compiled": self.compiled, "plateau": plateau}
 
     def _restore(self, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
         self.model.load_tensors(under(tensors, "model"), self.run_folder.folder / LAST)
         self._start(description["stage"])
         self.results = description["results"]
+        self.plateau.halvings, self.plateau.since = description.get("plateau", [0, 0])  # absent in runs of before
         self.steps, self.seconds = description["step"], description["seconds"]
         if self.steps and description.get("device") == self.device.type:  # a trial's choice goes on, with its bits
             self.compiled = description["compiled"]

@@ -95,10 +95,10 @@ class FIDScorer:
 
         `contrast` is what the authors' script does first: see restore_contrast. Not for several processes.
         """
-        mu, log_sigma = encode_images(model.stage1, self.images, self.world)
-        z = mu
+        posterior = encode_images(model.stage1, self.images, self.world)
+        z = posterior.mu
         if sample:
-            z = ops.sample_kl(mu, log_sigma, ops.make_rng(derive(seed, "reconstruct"), mu.device)).z
+            z = posterior.draw(ops.make_rng(derive(seed, "reconstruct"), z.device))
 
         def images() -> Iterator[Tensor]:
             return self._decoded(model, z)

@@ -3,14 +3,19 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 INACTIVE = 0.8  # the paper's threshold on E[sigma^2], footnote 3
 
 
-def latent_variances(mu: Tensor, log_sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """(Var_x(mu_j), E_x[sigma_j^2]), each [k] float64, of a posterior mu, log_sigma [N,k]; Var is the population's."""
-    return mu.double().var(0, correction=0), (2 * log_sigma.double()).exp().mean(0)
+def latent_variances(mu: Tensor, log_sigma: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(Var_x(mu_j), E_x[sigma_j^2]), each [k] float64, of a posterior mu, log_sigma [N,k]; Var is the population's.
+
+    log_sigma: None stands for sigma = 0.
+    """
+    var_mu = mu.double().var(0, correction=0)
+    return var_mu, torch.zeros_like(var_mu) if log_sigma is None else (2 * log_sigma.double()).exp().mean(0)
 
 
 def variance_law(var_mu: Tensor, sigma2: Tensor) -> Tensor:

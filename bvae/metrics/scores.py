@@ -12,16 +12,10 @@ from bvae.batches.mapped import Images
 from bvae.batches.resident import chunks
 from bvae.metrics.latent import inactive, latent_variances, variance_law
 from bvae.models.norm import frozen_statistics
+from bvae.models.posterior import Posterior
 from bvae.models.vae import VAE
 from bvae.seeds import derive
 from bvae.world import ALONE, World
-
-
-class Posterior(NamedTuple):
-    """The encoder's output over a data set, each [N,k] float32."""
-
-    mu: Tensor
-    log_sigma: Tensor
 
 
 class Scores(NamedTuple):
@@ -29,8 +23,8 @@ class Scores(NamedTuple):
 
     figures: dict[str, float]
     posterior: Posterior
-    latent_kl: Tensor
-    """[k] float64: mean KL of each latent, in nats"""
+    latent_kl: Tensor | None
+    """[k] float64: mean KL of each latent, in nats; None where the code is deterministic"""
 
 
 @torch.no_grad()
@@ -51,7 +45,7 @@ def score_images(model: VAE, images: Images, seed: int, world: World = ALONE) ->
 def score_latents(model: VAE, first: Posterior, seed: int, world: World = ALONE) -> Scores:
     """Scores of the second stage on z drawn once from the first stage's posterior."""
     model.eval()
-    z = ops.sample_kl(first.mu, first.log_sigma, ops.make_rng(derive(seed, "evaluate z"), first.mu.device)).z
+    z = first.draw(ops.make_rng(derive(seed, "evaluate z"), first.mu.device))
     parts = z[world.share(len(z))].split(500)
     return _score(model, _encode(model, parts, len(z), world), parts, seed, False, world)
 
@@ -59,10 +53,11 @@ def score_latents(model: VAE, first: Posterior, seed: int, world: World = ALONE)
 def _encode(model: VAE, parts: Iterable[Tensor], count: int, world: World) -> Posterior:
     """The posterior of all `count` samples, of which this rank encodes its share, given as `parts`."""
     with frozen_statistics(model):
-        mine = [torch.stack(model.encoder(x)) for x in parts]
-    posterior = torch.zeros(2, count, *mine[0].shape[2:], device=mine[0].device)
+        mine = [torch.stack([t for t in model.encode(x) if t is not None]) for x in parts]
+    posterior = torch.zeros(len(mine[0]), count, *mine[0].shape[2:], device=mine[0].device)
     posterior[:, world.share(count)] = torch.cat(mine, 1)
-    return Posterior(*world.sum_(posterior).unbind())  # zeros of the others' rows: exact
+    mu, *log_sigma = world.sum_(posterior).unbind()  # zeros of the others' rows: exact
+    return Posterior(mu, log_sigma[0] if log_sigma else None)
 
 
 @torch.no_grad()
@@ -71,7 +66,8 @@ def _score(
 ) -> Scores:
     """`targets` are what this rank's share of the posterior should be decoded to."""
     mu, log_sigma = posterior
-    z, _, moments = ops.sample_kl(mu, log_sigma, ops.make_rng(derive(seed, "evaluate"), mu.device))
+    rng = ops.make_rng(derive(seed, "evaluate"), mu.device)
+    z, _, moments = (mu, None, None) if log_sigma is None else ops.sample_kl(mu, log_sigma, rng)
     sse = torch.zeros(2, dtype=torch.float64, device=mu.device)  # decoding z, decoding mu
     count = 0
     first = world.share(len(mu)).start
@@ -84,16 +80,17 @@ def _score(
             first = last
     sampled, mean = world.sum_(sse).tolist()
     var_mu, sigma2 = latent_variances(mu, log_sigma)
+    figures = {"mse_sampled": sampled / count, "mse_mean": mean / count}
+    if log_sigma is None:
+        return Scores(figures | {"code_variance": var_mu.mean().item()}, posterior, None)
+    assert moments is not None
     idle = inactive(sigma2)
     latent_kl = moments[3].double() / len(mu)
-    figures = {
-        "mse_sampled": sampled / count,
-        "mse_mean": mean / count,
-        "kl": latent_kl.sum().item(),
-        "variance_law": variance_law(var_mu, sigma2).item(),
-        "inactive": int(idle.sum()),
-        "active": int((~idle).sum()),
-    }
+    if model.prior is None:
+        figures |= {"kl": latent_kl.sum().item(), "variance_law": variance_law(var_mu, sigma2).item()}
+    else:  # which the aggregate posterior should follow, instead of N(0, I)
+        figures["kl"] = model.prior.divergence(model.encoder, z, mu, log_sigma).double().mean().item()
+    figures |= {"inactive": int(idle.sum()), "active": int((~idle).sum())}
     return Scores(figures, posterior, latent_kl)
 
 

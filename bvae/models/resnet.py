@@ -94,10 +94,23 @@ class ScaleBlock(nn.Sequential):
 
 
 class ResNetEncoder(nn.Module):
-    """Images [B,C,H,W] in [0,1] -> (mu, log_sigma), each [B,k] float32, whatever the autocast."""
+    """Images [B,C,H,W] in [0,1] -> (mu, log_sigma), each [B,k] float32, whatever the autocast.
 
-    def __init__(self, channels: int, latents: int, scales: int, blocks: int, base: int, fc: int) -> None:
+    Where `deterministic`, mu alone.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        latents: int,
+        scales: int,
+        blocks: int,
+        base: int,
+        fc: int,
+        deterministic: bool = False,
+    ) -> None:
         super().__init__()
+        self.deterministic = deterministic
         width = base
         self.conv0 = Conv3x3(channels, width, apart=True)
         self.scales = nn.ModuleList()
@@ -109,15 +122,15 @@ class ResNetEncoder(nn.Module):
                 width *= 2
         self.fc = DenseResidualBlock(width, fc)
         self.mu = Head(fc, latents)
-        self.log_sigma = Head(fc, latents)
+        self.log_sigma = None if deterministic else Head(fc, latents)
         glorot_(self)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         y = self.scales[0](*self.conv0.apart(x))
         for down, scale in zip(self.downsample, self.scales[1:], strict=True):
             y = scale(*down.apart(y))  # type: ignore[operator]
         h = self.fc(y.mean((2, 3)))
-        return posterior_heads(h, self.mu, self.log_sigma)
+        return self.mu(h) if self.log_sigma is None else posterior_heads(h, self.mu, self.log_sigma)
 
 
 class ResNetDecoder(nn.Module):
@@ -144,10 +157,10 @@ class ResNetDecoder(nn.Module):
         return self.conv(y)
 
 
-def build(c: "Config") -> tuple[ResNetEncoder, ResNetDecoder]:
+def build(c: "Config", deterministic: bool = False) -> tuple[ResNetEncoder, ResNetDecoder]:
     """The ResNet over images [B,C,side,side]; the decoder gives logits."""
     return (
-        ResNetEncoder(c.channels, c.latents, c.scales, c.blocks, c.base, c.fc),
+        ResNetEncoder(c.channels, c.latents, c.scales, c.blocks, c.base, c.fc, deterministic),
         ResNetDecoder(c.channels, c.latents, c.height, c.blocks, c.base),
     )
 

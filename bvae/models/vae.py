@@ -4,12 +4,14 @@ from collections.abc import Callable
 from inspect import Parameter, signature
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bvae.config import Config
-from bvae.config.registry import networks
+from bvae.config.registry import families, networks
 from bvae.errors import UserError
 from bvae.models.dense import DenseDecoder, DenseEncoder
+from bvae.models.posterior import Posterior
+from bvae.models.vamp import VampPrior
 
 CUSTOM = "custom"  # the name, in a configuration, of a network that was given as modules
 
@@ -19,12 +21,31 @@ Network = Pair | Callable[..., Pair]
 
 
 class VAE(nn.Module):
-    """encoder(x) -> (mu, log_sigma) [B,k]; decoder(z) -> the reconstruction, as logits or values."""
+    """encoder(x) -> (mu, log_sigma) [B,k]; decoder(z) -> the reconstruction, as logits or values.
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module) -> None:
+    Args:
+        deterministic: the code of x is mu. The encoder may then give mu alone.
+        prior: p(z), where it is trained with the networks; None for N(0, I).
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        deterministic: bool = False,
+        prior: VampPrior | None = None,
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
+        self.deterministic = deterministic
+        self.prior = prior
+
+    def encode(self, x: Tensor) -> Posterior:
+        """q(z|x) of x; its log_sigma is None where the code is deterministic."""
+        encoded = self.encoder(x)
+        mu, log_sigma = encoded if isinstance(encoded, tuple | list) else (encoded, None)
+        return Posterior(mu, None if self.deterministic else log_sigma)
 
 
 def first_stage(c: Config, network: Network | None = None) -> VAE:
@@ -40,16 +61,19 @@ def first_stage(c: Config, network: Network | None = None) -> VAE:
             f"the network {c.network!r} of this run is neither registered nor given: give its modules "
             f"(bvae.load(run, network=(encoder, decoder))), or call bvae.register_network({c.network!r}, build) first"
         )
-    made = network if isinstance(network, tuple) else _call(network or networks[c.network].build, c)
-    return VAE(*made)
+    family = families[c.family]
+    make = network or networks[c.network].build
+    encoder, decoder = make if isinstance(make, tuple) else _call(make, c, family.deterministic)
+    return VAE(encoder, decoder, family.deterministic, None if family.prior is None else family.prior(c))
 
 
-def _call(build: Callable[..., Pair], c: Config) -> Pair:
-    """build(c), or build() of a function that asks for nothing."""
+def _call(build: Callable[..., Pair], c: Config, deterministic: bool) -> Pair:
+    """build(c), or build() of a function that asks for nothing; one that knows `deterministic` is told."""
     positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = signature(build).parameters.values()
-    asks = any(p.default is Parameter.empty and p.kind in positional for p in parameters)
-    return build(c) if asks else build()
+    parameters = signature(build).parameters
+    asks = any(p.default is Parameter.empty and p.kind in positional for p in parameters.values())
+    told = {"deterministic": True} if deterministic and "deterministic" in parameters else {}
+    return build(*([c] if asks else []), **told)
 
 
 def second_stage(c: Config) -> VAE:
@@ -78,8 +102,7 @@ def latents_of(model: VAE, c: Config) -> int:
     device = next(model.parameters()).device
     x = torch.full((2, *c.image_shape), 0.5, device=device).contiguous(memory_format=torch.channels_last)
     try:
-        encoded = model.encoder(x)
-        mu, log_sigma = encoded if isinstance(encoded, tuple | list) else (encoded, None)
+        mu, log_sigma = model.encode(x)
         recon = model.decoder(mu)
     except (RuntimeError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -89,6 +112,8 @@ def latents_of(model: VAE, c: Config) -> int:
     if mu.ndim != 2 or len(mu) != 2 or (log_sigma is not None and log_sigma.shape != mu.shape):
         given = [list(mu.shape)] + ([list(log_sigma.shape)] if log_sigma is not None else [])
         raise UserError(f"the encoder must give (mu, log_sigma), each [B,k]; it gives {given} of 2 images")
+    if log_sigma is None and not model.deterministic:
+        raise UserError(f"the encoder must give (mu, log_sigma) for --family {c.family}; it gives mu alone")
     if recon.shape != x.shape:
         raise UserError(f"the decoder must give logits {list(x.shape)}; it gives {list(recon.shape)}")
     return mu.shape[1]

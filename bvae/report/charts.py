@@ -60,10 +60,15 @@ def panels(stage: int, protocol: str = "") -> tuple[Panel, ...]:
     nats = f"nats per {sample}"
     return (
         Panel("Loss and its reconstruction term", nats, (Curve("loss", "loss"), Curve("nll", "reconstruction (nll)"))),
+        Panel("Objective", f"squared error per {sample}", (Curve("objective", "objective"),)),
         Panel("KL divergence", nats, (Curve("kl", "train"), Curve("test_kl", "test"))),
         Panel("Mean squared error", "mse per element", (Curve("mse", "train"), Curve("test_mse", "test")), log=True),
         Panel("gamma", "gamma, in units of the data", (Curve("gamma2", "gamma", math.sqrt),), log=True),
         Panel("Balance: sse / (2 gamma² D)", f"per {sample}", (Curve("balance", "balance"),), line=0.5),
+        Panel("Codes: mean of |z|²", "in units of the codes", (Curve("latent_norm2", "train"),)),
+        Panel("Decoder's kernels: sum of w²", "sum over the kernels", (Curve("decoder_norm2", "train"),)),
+        Panel("Decoder's gradient: mean of its squared norm", f"per {sample}", (Curve("gradient_norm2", "train"),)),
+        Panel("MMD between codes and N(0, I)", "sum of seven kernels", (Curve("mmd", "train"),), line=0.0),
         Panel("Variance law", "Var(mu) + E(sigma²), mean", (Curve("variance_law", "test"),), line=1.0),
         Panel(
             f"FID{protocol}",

@@ -187,11 +187,51 @@ def curves(records: Sequence[Mapping[str, Any]], out: Path) -> None:
         figure = Figure(figsize=(11, 5.6 * len(stages)), layout="constrained")
         for block, stage in zip(figure.subfigures(len(stages), 1, squeeze=False)[:, 0], stages, strict=True):
             own = [record for record in records if record["stage"] == stage]
-            _stage_panels(block.subplots(2, 3).flat, own, "image" if stage == 1 else "latent vector")
+            draw = _deterministic_panels if any("objective" in record for record in own) else _stage_panels
+            draw(block.subplots(2, 3).flat, own, "image" if stage == 1 else "latent vector")
             skipped = np.nansum(_series(own, "skipped")[1])
             note = f"  ({skipped:,.0f} steps skipped: not finite)" if skipped else ""
             block.suptitle(STAGES[stage] + note, fontsize=12)
         _save(figure, out)
+
+
+# What the objective of a deterministic family reports beside the error: (key, title, unit).
+TERMS = (
+    ("latent_norm2", "Codes", "mean of |z|²"),
+    ("decoder_norm2", "Decoder's kernels", "sum of w²"),
+    ("gradient_norm2", "Decoder's gradient", "mean of its squared norm"),
+    ("mmd", "Codes against N(0, I)", "MMD"),
+)
+
+
+def _deterministic_panels(panels: Iterator[Axes], records: Sequence[Mapping[str, Any]], sample: str) -> None:
+    objective, mse, *others, lr = panels
+    _panel(objective, "Objective", f"squared error per {sample}")
+    _finish(objective, [_plot(objective, records, "objective", "train", BLUE)], legend=False)
+    _errors(mse, records)
+    terms = [term for term in TERMS if any(term[0] in record for record in records)]
+    for axes, (key, title, unit) in zip(others, terms, strict=False):
+        _panel(axes, title, unit)
+        _finish(axes, [_plot(axes, records, key, "train", BLUE)], legend=False)
+    for axes in others[len(terms) :]:
+        axes.set_axis_off()
+    _rates(lr, records)
+
+
+def _errors(mse: Axes, records: Sequence[Mapping[str, Any]]) -> None:
+    _panel(mse, "Mean squared error", "mse per element", log=True)
+    _finish(
+        mse,
+        [
+            _plot(mse, records, "mse", "train", BLUE),
+            _plot(mse, records, "test_mse", "test", ORANGE, marker="D", linestyle="--"),
+        ],
+    )
+
+
+def _rates(lr: Axes, records: Sequence[Mapping[str, Any]]) -> None:
+    _panel(lr, "Learning rate", "learning rate", log=True)
+    _finish(lr, [_plot(lr, records, "lr", "lr", BLUE, drawstyle="steps-post")], legend=False)
 
 
 def _stage_panels(panels: Iterator[Axes], records: Sequence[Mapping[str, Any]], sample: str) -> None:
@@ -213,14 +253,7 @@ def _stage_panels(panels: Iterator[Axes], records: Sequence[Mapping[str, Any]], 
             _plot(kl, records, "test_kl", "test", ORANGE, marker="D", linestyle="--"),
         ],
     )
-    _panel(mse, "Mean squared error", "mse per element", log=True)
-    _finish(
-        mse,
-        [
-            _plot(mse, records, "mse", "train", BLUE),
-            _plot(mse, records, "test_mse", "test", ORANGE, marker="D", linestyle="--"),
-        ],
-    )
+    _errors(mse, records)
     _panel(gamma, r"Estimated error, $\gamma$", r"$\gamma$ (units of the data)", log=True)
     _finish(gamma, [_plot(gamma, records, "gamma2", "gamma", BLUE, transform=np.sqrt)], legend=False)
     _panel(balance, "Balance", rf"sse / $(2\,\gamma^2 D)$ per {sample}")
@@ -228,8 +261,7 @@ def _stage_panels(panels: Iterator[Axes], records: Sequence[Mapping[str, Any]], 
     if drawn:
         balance.axhline(0.5, color=ORANGE, linestyle="--", linewidth=1, label="1/2", zorder=1)
     _finish(balance, [drawn])
-    _panel(lr, "Learning rate", "learning rate", log=True)
-    _finish(lr, [_plot(lr, records, "lr", "lr", BLUE, drawstyle="steps-post")], legend=False)
+    _rates(lr, records)
 
 
 def latent_curves(

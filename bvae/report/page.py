@@ -17,6 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from bvae.config.registry import families
 from bvae.files import encode_json
 from bvae.report import figures
 from bvae.report.charts import Chart, distance_chart, information_chart, latent_charts, stage_charts
@@ -71,6 +72,7 @@ FIGURES: tuple[tuple[str, int, str, str], ...] = (
     ("KL, nats per image", 1, "kl", ".2f"),
     ("gamma", 1, "gamma", ".4f"),
     ("Variance law (should be 1)", 1, "variance_law", ".3f"),
+    ("Variance of a code, mean over latents", 1, "code_variance", ".3f"),
     ("Active latents", 1, "active", "d"),
     ("Inactive latents", 1, "inactive", "d"),
     ("Steps", 1, "steps", ",d"),
@@ -256,9 +258,11 @@ def sentence(run: RunContent) -> str:
     """What was trained on what, for the head of the page."""
     config, data = run.info["config"], run.info.get("data", {})
     balance = {"computed": "computed gamma", "learned": "learned gamma", "fixed": "a fixed gamma"}
-    parts = [f"A two-stage VAE with {balance.get(config.get('balance'), 'some gamma')}"]
-    if not config.get("epochs2"):
-        parts = [parts[0].replace("two-stage", "one-stage")]
+    gamma = balance.get(config.get("balance"), "some gamma")
+    name = str(config.get("family", "vae"))
+    title = (families[name].title or name) if name in families else name
+    with_gamma = "" if name in families and families[name].deterministic else f" with {gamma}"
+    parts = [f"A {'two' if config.get('epochs2') else 'one'}-stage {title}{with_gamma}"]
     parts.append(f", preset {config.get('preset')}, {config.get('latents')} latents")
     side, channels = config.get("side"), config.get("channels")
     if data.get("name"):
@@ -363,7 +367,9 @@ def factor_rows(factors: Mapping[str, Any]) -> list[Row]:
     """|correlation| of the active latents with the true factors, most information first."""
     if not factors:
         return []
-    kl, correlation = factors["latent_kl"], factors["correlation"]
+    kl, correlation = factors.get("latent_kl"), factors["correlation"]
+    if kl is None:  # a deterministic code
+        return [Row(f"z{j}", [number(c, ".2f") for c in correlation[j]]) for j in factors["active_latents"]]
     order = sorted(factors["active_latents"], key=lambda j: -(kl[j] or 0))
     return [Row(f"z{j} ({number(kl[j], '.2f')} nats)", [number(c, ".2f") for c in correlation[j]]) for j in order]
 

@@ -27,11 +27,13 @@ def draw(folder: Path, model: TwoStageVAE, data: Dataset, results: Mapping[str, 
     log.final(results, epoch)
     if any(r["stage"] == 1 for r in records):  # somebody may have removed the file
         figures.curves(records, folder / "curves.png")
-        figures.latent_curves(records, folder / "latents.png", INACTIVE)
+        if not model.stage1.deterministic:
+            figures.latent_curves(records, folder / "latents.png", INACTIVE)
     if "factors" in results:
         f = results["factors"]
         active = np.zeros(model.config.latents, bool)
         active[f["active_latents"]] = True
         path = folder / "factors.png"
-        figures.factor_correlation(np.array(f["correlation"]), f["names"], active, path, kl=np.array(f["latent_kl"]))
+        kl = np.array(f["latent_kl"]) if "latent_kl" in f else None
+        figures.factor_correlation(np.array(f["correlation"]), f["names"], active, path, kl=kl)
     return views

@@ -247,9 +247,13 @@ def compute_views(
     last = max(stages)
     drawn = {stage: to_uint8(model.sample(QUERIES if stage == last else SAMPLES, stage, seed)) for stage in stages}
     latents, missing = information(records), []
-    if latents is None or len(latents.index) != model.config.latents:
+    traversed: list[int] = []
+    if model.stage1.deterministic:
+        missing.append("The codes are deterministic: there is no KL by which to choose latents for traversals.")
+        latents = None
+    elif latents is None or len(latents.index) != model.config.latents:
         missing.append("No record of the first stage says what each latent carries, so that none is traversed.")
-        latents, traversed = None, []
+        latents = None
     else:
         traversed = latents.index[latents.active][:MOST_TRAVERSALS].tolist()
         if not traversed:
@@ -265,7 +269,10 @@ def compute_views(
         missing=missing,
     )
     k = model.config.latents
-    if data is None:
+    if data is None and last == 1 and model.stage1.prior is not None:
+        z = model.sample_latents(2 * INTERPOLATIONS, 1, seed)
+        path = interpolate(z[::2], z[1::2]).flatten(0, 1)
+    elif data is None:
         u = ops.philox_normal(ops.make_rng(derive(seed, "interpolate"), model.device), 2 * INTERPOLATIONS, k)
         path = model.latents_from(interpolate_on_sphere(u[::2], u[1::2]).flatten(0, 1), last)
     else:

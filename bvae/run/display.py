@@ -14,7 +14,7 @@ from rich.text import Text
 
 from bvae.files import writing
 
-SHOWN = ("loss", "mse", "kl", "gamma2")  # figures of an epoch, in this order
+SHOWN = ("loss", "objective", "mse", "kl", "gamma2")  # figures of an epoch, in this order
 REFRESH_SECONDS = 0.25
 
 

@@ -37,7 +37,7 @@ def encode_training_set(run: Path, model: TwoStageVAE, source: str | None) -> Po
     data = load_data(model.config, source)
     if read_run(run).get("data", {}).get("digest") not in (None, data.digest):
         raise UserError(f"{data.name} is not the data that {run} was trained on")
-    return Posterior(*encode_images(model.stage1, to_device(data.train, model.device)))
+    return encode_images(model.stage1, to_device(data.train, model.device))
 
 
 def fit_prior(
@@ -85,7 +85,7 @@ def fit_prior_of(folder: Path, model: TwoStageVAE, data: Dataset, name: str, see
         return f"is in {path}"
     with writing(path):
         path.parent.mkdir(exist_ok=True)
-    posterior = Posterior(*encode_images(model.stage1, to_device(data.train, model.device)))
+    posterior = encode_images(model.stage1, to_device(data.train, model.device))
     prior = find_prior(name)(model.config.latents).to(model.device)
     figures = fit_prior(prior, posterior, path, stage1=stage1, seed=seed)
     return f"log p(z) of held-out codes {figures['log_likelihood']:.2f} nats; {path}"

@@ -15,16 +15,39 @@ class Schedule:
     """Length and learning rate of a stage.
 
     epochs: asked for. steps: optimiser steps in all, which --max-steps may end in mid-epoch.
+    plateau: epochs without a better score after which the learning rate is halved; 0: it never is.
     """
 
     epochs: int
     lr: float
     lr_halve: int
     steps: int
+    plateau: int = 0
 
-    def lr_in(self, epoch: int) -> float:
-        """The learning rate in `epoch`, counted from 0."""
-        return self.lr * 0.5 ** (epoch // self.lr_halve)
+    def lr_in(self, epoch: int, halvings: int = 0) -> float:
+        """The learning rate in `epoch`, counted from 0, after `halvings` plateaus."""
+        return self.lr * 0.5 ** (epoch // self.lr_halve + halvings)
+
+
+@dataclass
+class Plateau:
+    """The halvings of a learning rate by plateaus of the score.
+
+    patience: epochs without a better score that make a plateau; 0: there are none.
+    halvings: so far. since: the epoch, counted from 1, of the best score or of the last halving.
+    """
+
+    patience: int
+    halvings: int = 0
+    since: int = 0
+
+    def score(self, epoch: int, better: bool) -> None:
+        """Takes notice of a score at the end of `epoch`: whether it is better than all before it."""
+        if better:
+            self.since = epoch
+        elif self.patience and epoch - self.since >= self.patience:
+            self.halvings += 1
+            self.since = epoch
 
 
 class Scored(NamedTuple):

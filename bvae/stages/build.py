@@ -12,18 +12,19 @@ from bvae.batches.mapped import Images, is_mapped, resident
 from bvae.batches.resident import Batches, LatentBatches
 from bvae.batches.streamed import image_batches, place
 from bvae.config import Config
-from bvae.config.registry import Part, balances, networks
+from bvae.config.registry import Part, balances, families, networks
 from bvae.data import Dataset
 from bvae.errors import UserError
 from bvae.metrics.fid_scores import fid_scorer
-from bvae.metrics.scores import Posterior, encode_images
+from bvae.metrics.scores import encode_images
 from bvae.models.norm import batch_norms
+from bvae.models.posterior import Posterior
 from bvae.models.vae import latents_of, penalised_modules
 from bvae.seeds import derive
 from bvae.stages.base import Schedule, Stage
 from bvae.stages.images import ImageStage
 from bvae.stages.latents import LatentStage
-from bvae.stages.objective import Noise, VAEObjective
+from bvae.stages.objective import Ingredients, Noise, VAEObjective
 from bvae.two_stage import TwoStageVAE
 from bvae.world import World, gather
 
@@ -89,12 +90,15 @@ class Stages:
         c, model = self.config, self.model.stage1
         seed, dtype = derive(c.seed, "batches", 1), torch.bfloat16 if self.amp else torch.float32
         batches = image_batches(self.train_images, c.batch, seed, dtype, c.hflip, self.part)
-        schedule = self._schedule(c.epochs, c.lr, c.lr_halve, batches)
-        loss = self._loss(balances[c.balance], c.resolved_kl_weight(), True, schedule)
-        objective = VAEObjective(loss, self.amp, c.l2, penalised_modules(model, c.l2_on))
+        schedule = self._schedule(c.epochs, c.lr, c.lr_halve, batches, c.plateau)
+
+        def balance() -> GaussianVAELoss:
+            return self._loss(balances[c.balance], c.resolved_kl_weight(), True, schedule)
+
+        given = Ingredients(c, model, balance, self.amp, penalised_modules(model, c.l2_on), self.world)
         return ImageStage(
-            c, self.model, objective, batches, schedule, self._noise(1), self.data, self.test_images, self.val_images,
-            self.amp, self.scorer, self.world,
+            c, self.model, families[c.family].build(given), batches, schedule, self._noise(1),
+            self.data, self.test_images, self.val_images, self.amp, self.scorer, self.world,
         )  # fmt: skip
 
     def _latents(self) -> Stage:
@@ -129,9 +133,9 @@ class Stages:
         rng: Tensor = ops.make_rng(derive(self.config.seed, "noise", number), self.device)
         return Noise(rng, self.part.start)
 
-    def _schedule(self, epochs: int, lr: float, lr_halve: int, batches: Batches) -> Schedule:
+    def _schedule(self, epochs: int, lr: float, lr_halve: int, batches: Batches, plateau: int = 0) -> Schedule:
         steps = epochs * batches.steps
-        return Schedule(epochs, lr, lr_halve, min(steps, self.config.max_steps or steps))
+        return Schedule(epochs, lr, lr_halve, min(steps, self.config.max_steps or steps), plateau)
 
 
 def synchronise(model: TwoStageVAE, device: torch.device) -> None:

@@ -70,7 +70,7 @@ class ImageStage(Stage):
         self.batches = batches
         self.schedule = schedule
         self.noise = noise
-        self.latents = config.latents
+        self.latents = 0 if self.model.deterministic else config.latents
         self.data = data
         self.test = test
         self.val = val
@@ -89,12 +89,16 @@ class ImageStage(Stage):
         for name, images in (("test", self.test), ("val", self.val)):
             if images is not None:
                 chosen = score_images(self.model, images[: self.config.eval_images], self.config.seed, self.world)
-                record |= {f"{name}_mse": chosen.figures["mse_sampled"], f"{name}_kl": chosen.figures["kl"]}
+                record[f"{name}_mse"] = chosen.figures["mse_sampled"]
+                if "kl" in chosen.figures:
+                    record[f"{name}_kl"] = chosen.figures["kl"]
                 if name == "test":
-                    record |= {key: chosen.figures[key] for key in ("variance_law", "inactive")}
+                    shown = ("variance_law", "inactive", "code_variance")
+                    record |= {key: chosen.figures[key] for key in shown if key in chosen.figures}
         assert chosen is not None
         elements = math.prod(self.test.shape[1:])
-        return Scored(record, bound(elements, chosen.figures["mse_sampled"], chosen.figures["kl"]))
+        # Of a deterministic family, the error alone.
+        return Scored(record, bound(elements, chosen.figures["mse_sampled"], chosen.figures.get("kl", 0.0)))
 
     def remark(self, record: dict[str, Any]) -> str | None:
         """A word, once, where a gamma that follows the error has been off it for long."""
@@ -136,8 +140,10 @@ class ImageStage(Stage):
         """One batch for `recompute`."""
         x, _ = self.batches.draw()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-            mu, log_sigma = self.model.encoder(x)
-            self.model.decoder(ops.sample_kl(mu, log_sigma, self._rng, first_sample=self.noise.first_sample).z)
+            z, log_sigma = self.model.encode(x)
+            if log_sigma is not None:
+                z = ops.sample_kl(z, log_sigma, self._rng, first_sample=self.noise.first_sample).z
+            self.model.decoder(z)
         self._statistics.add()
 
     def finish(self, progress: Progress) -> dict[str, Any]:
@@ -146,11 +152,10 @@ class ImageStage(Stage):
         with_moving_averages = score_images(self.model, self.test, c.seed, self.world).figures
         self.recompute(c.bn_batches)
         scores = score_images(self.model, self.test, c.seed, self.world)
-        gamma2 = self.objective.figures()["gamma2"].item()
-        found = {
-            **scores.figures,
-            "gamma2": gamma2,
-            "gamma": math.sqrt(gamma2),
+        found: dict[str, Any] = dict(scores.figures)
+        if (gamma2 := self.objective.figures().get("gamma2")) is not None:
+            found |= {"gamma2": gamma2.item(), "gamma": math.sqrt(gamma2.item())}
+        found |= {
             "steps": progress.steps,
             "images_per_s": progress.samples_per_second,
             "bn": c.bn,
@@ -169,11 +174,11 @@ def factor_figures(data: Dataset, scores: Scores) -> dict[str, Any]:
     assert factors is not None
     mu = scores.posterior.mu.cpu().numpy()
     active = ~inactive(latent_variances(*scores.posterior)[1])
-    return {
+    found = {
         "names": list(factors.names),
         "true": len(factors.names),
         "active": int(active.sum()),
         "active_latents": active.nonzero().flatten().tolist(),
-        "latent_kl": scores.latent_kl.tolist(),
         "correlation": factor_correlation(mu, factors.test, FACTOR_TYPES).round(4).tolist(),
     }
+    return found if scores.latent_kl is None else found | {"latent_kl": scores.latent_kl.tolist()}

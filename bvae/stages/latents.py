@@ -6,7 +6,8 @@ from typing import Any
 from bvae.batches.resident import Batches
 from bvae.config import Config
 from bvae.metrics.fid_scores import FIDScorer
-from bvae.metrics.scores import Posterior, score_latents
+from bvae.metrics.scores import score_latents
+from bvae.models.posterior import Posterior
 from bvae.models.vae import VAE
 from bvae.stages.base import Progress, Schedule, Scored, Stage
 from bvae.stages.images import bound
@@ -60,7 +61,8 @@ class LatentStage(Stage):
 
     def score(self) -> Scored:
         c = self.config
-        some = Posterior(*(t[: c.eval_images] for t in self.test))
+        mu, log_sigma = self.test
+        some = Posterior(mu[: c.eval_images], None if log_sigma is None else log_sigma[: c.eval_images])
         figures = score_latents(self.model, some, c.seed, self.world).figures
         record = {"test_mse": figures["mse_sampled"], "test_kl": figures["kl"]}
         record |= {key: figures[key] for key in ("variance_law", "inactive")}

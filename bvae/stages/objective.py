@@ -1,14 +1,16 @@
 """Objectives: the function of a batch that a stage minimises, with the state that it moves."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from bvae import ops
-from bvae.balance import GaussianVAELoss
+from bvae.balance import GaussianVAELoss, Loss
+from bvae.config import Config
 from bvae.models.vae import VAE
+from bvae.world import ALONE, World
 
 
 class Noise(NamedTuple):
@@ -20,6 +22,13 @@ class Noise(NamedTuple):
 
     rng: Tensor
     first_sample: int = 0
+
+    @torch.no_grad()
+    def normal(self, rows: int, columns: int, whole: bool = False) -> Tensor:
+        """Draws N(0, 1), float32 [rows, columns]: for this process's samples, or for those of the `whole` batch."""
+        # By the posterior's kernel, whose step of rng torch.compile keeps in its place.
+        zero = torch.zeros(rows, columns, device=self.rng.device)
+        return ops.sample_kl(zero, zero, self.rng, first_sample=0 if whole else self.first_sample).z
 
 
 class Objective(Protocol):
@@ -63,6 +72,27 @@ class Objective(Protocol):
         ...
 
 
+class Ingredients(NamedTuple):
+    """From what a family makes the first stage's objective.
+
+    balance: makes the loss of the configuration's balance, on the device.
+    amp: run the networks in bf16.
+    penalised: modules on whose kernels --l2 is.
+    """
+
+    config: Config
+    model: VAE
+    balance: Callable[[], GaussianVAELoss]
+    amp: bool = False
+    penalised: Sequence[nn.Module] = ()
+    world: World = ALONE
+
+
+def kernel_norm2(modules: Iterable[nn.Module]) -> Tensor:
+    """The sum of w^2 over the modules' `weight`, read anew each time, for a parametrisation makes it anew."""
+    return torch.stack([m.weight.square().sum() for m in modules]).sum()  # type: ignore[operator]
+
+
 class VAEObjective:
     """The negative ELBO of a VAE with a Gaussian decoder, under any balance, and an l2 penalty on kernels.
 
@@ -72,7 +102,7 @@ class VAEObjective:
         loss: the balance; parameters of its own are trained.
         amp: run the networks in bf16; posterior and loss stay float32.
         l2: weight of the penalty.
-        penalised: modules whose `weight` it is on; read anew in each step, for a parametrisation makes it anew.
+        penalised: modules whose `weight` it is on.
     """
 
     parts: tuple[str, ...] = ("loss", "nll", "kl", "mse", "balance")
@@ -90,18 +120,29 @@ class VAEObjective:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         assert isinstance(model, VAE)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-            mu, log_sigma = model.encoder(x)
+            mu, log_sigma = model.encode(x)
+            assert log_sigma is not None
             per_latent = self.loss.per_latent
             drawn = ops.sample_kl(mu, log_sigma, noise.rng, first_sample=noise.first_sample, per_latent=per_latent)
             z, kl, moments = drawn
             recon = model.decoder(z)
+            kl = self.divergence(model, z, mu, log_sigma, kl)
         loss = self.loss(recon, target, kl=kl, latents=mu.shape[1])
-        total = loss.loss
+        total, extra = self.regularised(loss, z, noise)
         if self.penalised:
-            total = total + self.l2 * torch.stack([m.weight.square().sum() for m in self.penalised]).sum()  # type: ignore[operator]
+            total = total + self.l2 * kernel_norm2(self.penalised)
         # sse/(2 gamma2 D) per image, which the computed gamma keeps near 1/2.
         balance = loss.mse / (2 * loss.gamma2)
-        return total, torch.stack([loss.loss.detach().float(), loss.nll, loss.kl, loss.mse, balance]), moments
+        parts = [loss.loss.detach().float(), loss.nll, loss.kl, loss.mse, balance, *extra]
+        return total, torch.stack(parts), moments
+
+    def divergence(self, model: VAE, z: Tensor, mu: Tensor, log_sigma: Tensor, kl: Tensor) -> Tensor:
+        """The KL of posterior and prior, summed over the batch, from that of the posterior and N(0, I)."""
+        return kl
+
+    def regularised(self, loss: Loss, z: Tensor, noise: Noise) -> tuple[Tensor, list[Tensor]]:
+        """The loss with further terms, and the figures that they add to `parts`."""
+        return loss.loss, []
 
     def state(self) -> dict[str, Tensor]:
         return self.loss.state()
