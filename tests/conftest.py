@@ -19,6 +19,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# A machine that is busy with other work is no fault of the code.
+settings.register_profile("bvae", suppress_health_check=[HealthCheck.too_slow], deadline=None)
+settings.load_profile("bvae")
 
 NO_GPU = "no CUDA device on this machine"
 # A process takes whole files (their tests share runs), in this order: the longest come first, so that all end together.
