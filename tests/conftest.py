@@ -91,6 +91,12 @@ def few_figures(request):
         yield
 
 
+@pytest.fixture(autouse=True)
+def denormal_numbers():
+    """bvae.train in a test's own process turns them off for good; hypothesis generates them."""
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     return request.param

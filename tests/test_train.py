@@ -515,9 +515,9 @@ def test_steps_have_the_kernels_for_training_and_what_is_measured_has_not(
     monkeypatch.setattr(trainer, "training_kernels", kernels)
     watch(trainer.Step, "__call__")
     watch(images, "score_images")
-    watch(images, "recompute_statistics")
+    watch(images.ImageStage, "_next_statistics")
     watch(latents, "score_latents")
     watch(build, "encode_images")
     train(tmp_path / "run", "--epochs", "1", "--epochs2", "1")
-    measured = {(n, False) for n in ("score_images", "score_latents", "encode_images", "recompute_statistics")}
+    measured = {(n, False) for n in ("score_images", "score_latents", "encode_images", "_next_statistics")}
     assert seen == measured | {("__call__", True)}
