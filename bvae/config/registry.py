@@ -40,7 +40,7 @@ class Part:
     settings: type | tuple[type, ...] | None = None
     uses: tuple[str, ...] = ()
     images_only: bool = False
-    """of a balance: its target is in the images' units; the second stage is trained with `computed` instead"""
+    """True for a balance whose target is in the images' units; the second stage then takes `computed` instead"""
 
     @property
     def own(self) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Family(Part):
-    """What the first stage minimises; its `build` makes the objective of a bvae.stages.objective.Ingredients.
+    """The objective of the first stage, by name; its `build` takes a bvae.stages.objective.Ingredients.
 
     deterministic: the encoder gives the code mu alone. There is no KL, no gamma and no balance then, and the second
         stage is trained on the codes.

@@ -102,7 +102,7 @@ class NetworkSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class BalanceSettings:
-    """What stage 1 minimises: the family of models, and the balance of reconstruction and KL divergence."""
+    """Family of models of stage 1, and balance of reconstruction and KL divergence."""
 
     family: str = "vae"
     """vae; without noise on the codes ae, rae-l2, rae-gp, rae-sn, wae-mmd; with another KL info-vae, vamp

@@ -23,11 +23,11 @@ from bvae.stages.base import Plateau, Progress, Stage, moment_figures
 from bvae.two_stage import TwoStageVAE
 from bvae.world import World
 
-MAX_BAD_STEP_SCORE = 10  # of Sums.bad_step_score: a run that reaches it is given up
+MAX_BAD_STEP_SCORE = 10  # a run whose Sums.bad_step_score reaches it is given up
 
 
 class Stages(Protocol):
-    """What a run trains, in its order; a stage is made when the one before has ended."""
+    """The stages of a run, in their order; each is made when the one before has ended."""
 
     config: Config
     data: Dataset
@@ -222,7 +222,7 @@ class Trainer:
 
     @property
     def finished_epochs(self) -> int:
-        """Of the stage under way."""
+        """Epochs that the stage under way has finished."""
         return self.steps // self.stage.batches.steps
 
     def _falls_due(self, epoch: int, every: int) -> bool:
@@ -250,7 +250,7 @@ class Trainer:
     # ---- state on disk ------------------------------------------------------------------------------------------
 
     def _due(self) -> bool:
-        """Whether to save or stop after this step."""
+        """Is it time to save or stop after this step?"""
         if self.world.size > 1 and self.device.type == "cuda":
             # Agreeing waits for the device: only where the host looks at it anyway.
             looks = not (self.steps % self.config.log_every and self.steps % self.stage.batches.steps)

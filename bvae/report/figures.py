@@ -195,7 +195,7 @@ def curves(records: Sequence[Mapping[str, Any]], out: Path) -> None:
         _save(figure, out)
 
 
-# What the objective of a deterministic family reports beside the error: (key, title, unit).
+# Figures that the objective of a deterministic family reports beside the error: (key, title, unit).
 TERMS = (
     ("latent_norm2", "Codes", "mean of |z|²"),
     ("decoder_norm2", "Decoder's kernels", "sum of w²"),

@@ -51,7 +51,7 @@ class Plateau:
 
 
 class Scored(NamedTuple):
-    """What a stage's model does on data that it was not trained on."""
+    """Scores of a stage's model on data that it was not trained on."""
 
     record: dict[str, Any]
     """figures for the epoch's line in metrics.jsonl"""

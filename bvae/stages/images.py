@@ -24,7 +24,7 @@ from bvae.stages.objective import Noise, Objective
 from bvae.two_stage import TwoStageVAE
 from bvae.world import World
 
-SETTLED = 0.45, 0.55  # of sse/(2 gamma2 D), which is 1/2 where gamma2 is the error
+SETTLED = 0.45, 0.55  # bounds of sse/(2 gamma2 D), which is 1/2 where gamma2 is the error
 FOLLOWING = ("computed", "learned", "optimal")  # balances whose gamma2 follows the error
 LONG = 5  # epochs
 EPOCH_BN_BATCHES = 50  # enough for a point on a curve; the final figures take --bn-batches
@@ -97,7 +97,7 @@ class ImageStage(Stage):
                     record |= {key: chosen.figures[key] for key in shown if key in chosen.figures}
         assert chosen is not None
         elements = math.prod(self.test.shape[1:])
-        # Of a deterministic family, the error alone.
+        # A deterministic family is judged by the error alone.
         return Scored(record, bound(elements, chosen.figures["mse_sampled"], chosen.figures.get("kl", 0.0)))
 
     def remark(self, record: dict[str, Any]) -> str | None:

@@ -32,7 +32,7 @@ class Noise(NamedTuple):
 
 
 class Objective(Protocol):
-    """What a stage minimises. One object serves one stage of one run.
+    """The function that a stage minimises. One object serves one stage of one run.
 
     A step calls it inside a CUDA graph and under torch.compile: no part of it may look at the device from the host.
     """

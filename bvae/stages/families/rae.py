@@ -77,7 +77,7 @@ class RAEObjective(AEObjective):
 
 
 def spectral(decoder: nn.Module) -> bool:
-    """Whether a layer has spectral norm: ours, or one that is made by torch's parametrisation."""
+    """True for a layer with spectral norm, ours or one made by torch's parametrisation."""
     return any(isinstance(m, SPECTRAL) or parametrize.is_parametrized(m, "weight") for m in decoder.modules())
 
 

@@ -20,7 +20,7 @@ from bvae.world import ALONE, World, gather
 if TYPE_CHECKING:
     from bvae.config import Config
 
-SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of the kernels, the authors'
+SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # the authors' scales of the kernels
 
 
 @dataclass(frozen=True, kw_only=True)
